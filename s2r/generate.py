@@ -1,0 +1,180 @@
+"""The sampler: M rollouts of each prompt, many rows at a time, every sampled token with its log-probability.
+
+    slot 0   prompt 0 │ sample 0 ········ <end>   prompt 2 │ sample 1 ······        one decode step
+    slot 1   prompt 0 │ sample 1 ···· <end>   prompt 1 │ sample 1 ···········       moves every slot
+    slot 2   prompt 1 │ sample 0 ··················· <end>   prompt 2 │ sample 0    one token to the right
+
+Rows live in the slots of one preallocated cache. A prompt is run through the model once and its keys and values are
+copied to its rows; a row that stops gives its slot to the next one; at the end, when none is waiting, the last row
+moves into the hole, so the rows at work are always slots 0 … S−1. A rollout's random numbers depend on nothing but
+(seed, step, problem, sample): neither on its slot nor on its neighbours. Called by `sample.py` and `train_rl.py`.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from s2r.model import Cache, Transformer
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled response: `ids` ends with the stop token when `finished`; `logp[t]` scores `ids[t]`."""
+
+    prompt: int  # index into the prompts
+    sample: int  # 0 … n−1
+    ids: list[int]
+    logp: list[float]  # nats, at the sampling temperature (at 1 for temperature 0)
+    finished: bool  # a stop token was sampled before the length limit
+
+
+def generate(
+    model: Transformer,
+    prompts: Sequence[list[int]],
+    *,
+    n: int = 1,
+    temperature: float = 1.0,
+    max_new_tokens: int,
+    stop_ids: Iterable[int],
+    seed: int = 0,
+    step: int = 0,
+    problems: Sequence[int] | None = None,
+    slots: int = 128,
+    prefill_tokens: int = 16_384,
+    progress: bool = True,
+) -> list[Rollout]:
+    """Sample n responses to each prompt, from the whole distribution softmax(logits / temperature); 0 takes the argmax.
+
+    `problems` names each prompt in the random stream (default: its index), so that a share of the prompts, on another
+    rank say, draws what the whole would. `slots` rows are decoded at a time, `prefill_tokens` tokens of prompts run
+    through the model at a time: both change memory and speed alone. Returns the rollouts in order: prompt 0 sample 0, prompt 0 sample 1, …
+    Raises ValueError for an empty prompt or one that leaves no room in the model's context.
+    """
+    assert model.embed.dtype == model.dtype, "sample from a copy in the compute dtype, not from master weights"
+    context = model.config.max_positions
+    for i, prompt in enumerate(prompts):
+        if not 0 < len(prompt) < context:
+            raise ValueError(f"prompt {i} has {len(prompt)} tokens; the model's context holds 1 to {context - 1}")
+    problems = range(len(prompts)) if problems is None else problems
+    waiting = deque((i, j) for i in range(len(prompts)) for j in range(n))
+    if not waiting:
+        return []
+    rows = _Rows(model, prompts, min(slots, len(waiting)), temperature, max_new_tokens, stop_ids, prefill_tokens)
+    rollouts, tokens, start = {}, 0, time.perf_counter()
+    with torch.inference_mode(), tqdm(total=len(waiting), unit=" rollouts", disable=not progress) as bar:
+        free = list(range(rows.slots))
+        while True:
+            jobs = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]
+            streams = [np.random.default_rng((seed, step, problems[i], j)) for i, j in jobs]
+            rows.start(free[: len(jobs)], jobs, streams)
+            for slot in reversed(free[len(jobs) :]):  # nothing waits: close the hole
+                rows.close(slot)
+            if not rows.jobs:
+                return [rollouts[key] for key in sorted(rollouts)]
+            free = rows.step()
+            tokens += len(rows.jobs)
+            for slot in free:
+                rollout = rows.take(slot)
+                rollouts[rollout.prompt, rollout.sample] = rollout
+            if free:
+                bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):,.0f} tokens/s", refresh=False)
+                bar.update(len(free))
+
+
+class _Rows:
+    """The rows at work: slot s holds job `jobs[s]` = (prompt, sample). All tensors lie on the model's device."""
+
+    def __init__(self, model, prompts, slots, temperature, max_new_tokens, stop_ids, prefill_tokens):
+        device = model.embed.device
+        capacity = min(max(map(len, prompts)) + max_new_tokens, model.config.max_positions)
+        self.model, self.prompts, self.slots, self.temperature = model, prompts, slots, temperature
+        self.prefill_tokens = prefill_tokens
+        self.jobs: list[tuple[int, int]] = []
+        self.prefix: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # prompt → its k and v, (L, t, G, E)
+        self.cache = Cache(model.config, slots, capacity, model.dtype, device)
+        self.stop_ids = torch.tensor(sorted(stop_ids), device=device)
+        self.token = torch.zeros(slots, dtype=torch.int64, device=device)  # the next input of each row
+        self.uniform = torch.zeros(slots, max_new_tokens, device=device)  # one random number per token to come
+        self.ids = torch.zeros(slots, max_new_tokens, dtype=torch.int64, device=device)
+        self.logp = torch.zeros(slots, max_new_tokens, device=device)
+        self.produced = torch.zeros(slots, dtype=torch.int64, device=device)  # tokens sampled so far
+        self.limit = torch.zeros(slots, dtype=torch.int64, device=device)  # tokens at which the row is cut off
+
+    def start(self, slots: list[int], jobs: list[tuple[int, int]], streams: list[np.random.Generator]) -> None:
+        """Put jobs, which come in the order of their prompts, into free slots."""
+        cache, room = self.cache, self.uniform.shape[1]
+        for at, (slot, (i, j), stream) in enumerate(zip(slots, jobs, streams)):
+            if i not in self.prefix:
+                self.prefix = self._prefill([following for following, _ in jobs[at:]])
+            prompt, (k, v) = self.prompts[i], self.prefix[i]
+            t = len(prompt) - 1  # the prompt's last token is the row's first input
+            cache.k[:, slot, :t], cache.v[:, slot, :t], cache.lengths[slot] = k, v, t
+            self.token[slot] = prompt[-1]
+            self.uniform[slot] = torch.from_numpy(stream.random(room, dtype=np.float32))
+            self.produced[slot] = 0
+            self.limit[slot] = min(room, self.model.config.max_positions - len(prompt))
+            self.jobs[slot : slot + 1] = [(i, j)]
+
+    def _prefill(self, prompts: list[int]) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of the first of these prompts, and of as many that follow as `prefill_tokens` allows."""
+        chosen, ids, borders = [], [], [0]
+        for i in dict.fromkeys(prompts):
+            if chosen and len(ids) + len(self.prompts[i]) > self.prefill_tokens:
+                break
+            chosen.append(i)
+            ids += self.prompts[i][:-1]
+            borders.append(len(ids))
+        device = self.token.device
+        k, v = self.model.prefill(torch.tensor(ids, device=device, dtype=torch.int64), torch.tensor(borders, device=device))
+        return {i: (k[:, a:b], v[:, a:b]) for i, a, b in zip(chosen, borders, borders[1:])}
+
+    def step(self) -> list[int]:
+        """Sample one token for every row; the slots whose row is now complete, in rising order."""
+        S = len(self.jobs)
+        at = self.produced[:S, None]
+        hidden = self.model.decode(self.token[:S], self.cache)  # (S, D)
+        token, logp = sample(self.model.logits(hidden), self.uniform[:S].gather(1, at), self.temperature)  # (S,) each
+        self.ids[:S].scatter_(1, at, token[:, None])
+        self.logp[:S].scatter_(1, at, logp[:, None])
+        self.token[:S] = token
+        self.produced[:S] += 1
+        done = (token[:, None] == self.stop_ids).any(1) | (self.produced[:S] == self.limit[:S])
+        return done.nonzero()[:, 0].tolist()
+
+    def take(self, slot: int) -> Rollout:
+        """The finished rollout of a slot."""
+        i, j = self.jobs[slot]
+        n = int(self.produced[slot])
+        finished = bool((self.token[slot] == self.stop_ids).any())
+        return Rollout(i, j, self.ids[slot, :n].tolist(), self.logp[slot, :n].tolist(), finished)
+
+    def close(self, slot: int) -> None:
+        """Give up a slot: the last row moves into it."""
+        last = len(self.jobs) - 1
+        if slot != last:
+            t = int(self.cache.lengths[last])
+            for x in (self.cache.k, self.cache.v):
+                x[:, slot, :t] = x[:, last, :t]
+            for x in (self.cache.lengths, self.token, self.uniform, self.ids, self.logp, self.produced, self.limit):
+                x[slot] = x[last]
+            self.jobs[slot] = self.jobs[last]
+        self.jobs.pop()
+
+
+def sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token per row from softmax(logits / temperature) by inverting its cumulative sum; temperature 0: the argmax.
+
+    logits (S, V); uniform (S, 1) fp32 in [0, 1). Returns token (S,) int64 and its log-probability (S,) fp32, in nats,
+    at that temperature (at 1 for the argmax).
+    """
+    z = logits.float() / (temperature or 1.0)  # (S, V)
+    z -= z.amax(dim=1, keepdim=True)
+    mass = z.exp().cumsum(dim=1)
+    total = mass[:, -1:]
+    token = torch.searchsorted(mass, uniform * total, right=True).clamp_(max=z.shape[1] - 1) if temperature else z.argmax(1, True)
+    return token[:, 0], (z.gather(1, token) - total.log())[:, 0]

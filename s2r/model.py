@@ -1,0 +1,393 @@
+"""The policy: a decoder-only transformer over packed tokens, in the shape that Hugging Face folders hold.
+
+    ids ─ embed ─┬─ norm ─ attention ─ + ─┬─ norm ─ SwiGLU ─ + ─ … ─ norm ─ hidden ─ head ─ logits
+                 └────────────────────┘   └──────────────┘       L blocks
+
+One class serves Llama 3.x, SmolLM2, Mistral, Qwen2/2.5 and Qwen3; what differs between them is read from
+`config.json`. Training, scoring, prefill and cached decoding run through the same blocks: they differ only in the
+function that the blocks are given to attend with. Called by the sampler, by `s2r/rl.py` and by the three scripts.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from kernels.attention import attention, decode_attention
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+SHARD_BYTES = 5 * 10**9  # size at which `save_pretrained` starts the next file
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a model, by the field's names; `hf` is the config.json that it was read from."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float = 10_000.0
+    rope_scaling: dict | None = None  # None, or the parameters of rope type "llama3"
+    norm_eps: float = 1e-5
+    tied: bool = True  # the head is the embedding
+    qkv_bias: bool = False  # Qwen2
+    qk_norm: bool = False  # Qwen3
+    max_positions: int = 2048  # tokens of context
+    hf: dict | None = None
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> "ModelConfig":
+        """Read `config.json`, in its old spelling (rope_theta, rope_scaling) or new one (rope_parameters).
+
+        Raises FileNotFoundError without a config.json, ValueError for a family, activation, bias or rope type that
+        this class does not compute.
+        """
+        path = Path(folder) / "config.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; --model wants a Hugging Face model folder")
+        hf = json.loads(path.read_text())
+        family = hf.get("model_type")
+        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        heads = hf.get("num_attention_heads")
+        for what, found, known in (
+            ("model_type", family, FAMILIES),
+            ("hidden_act", hf.get("hidden_act", "silu"), ("silu",)),
+            ("rope type", rope_type, ("default", "llama3")),
+            ("attention_bias", hf.get("attention_bias", False), (False,)),
+            ("mlp_bias", hf.get("mlp_bias", False), (False,)),
+            ("use_sliding_window", hf.get("use_sliding_window", False), (False,)),
+        ):
+            if found not in known:
+                raise ValueError(f"{path}: {what} {found!r} is not supported; known: {', '.join(map(str, known))}")
+        max_positions = hf.get("max_position_embeddings", 2048)
+        if family == "mistral" and hf.get("sliding_window"):
+            max_positions = min(max_positions, hf["sliding_window"])  # up to there the window changes nothing
+        return cls(
+            vocab_size=hf["vocab_size"],
+            hidden_size=hf["hidden_size"],
+            intermediate_size=hf["intermediate_size"],
+            num_layers=hf["num_hidden_layers"],
+            num_heads=heads,
+            num_kv_heads=hf.get("num_key_value_heads") or heads,
+            head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+            rope_theta=rope.get("rope_theta") or hf.get("rope_theta", 10_000.0),
+            rope_scaling=rope if rope_type == "llama3" else None,
+            norm_eps=hf["rms_norm_eps"],
+            tied=hf.get("tie_word_embeddings", False),
+            qkv_bias=family == "qwen2",
+            qk_norm=family == "qwen3",
+            max_positions=max_positions,
+            hf=hf,
+        )
+
+
+class Linear(nn.Module):
+    """x·Wᵀ + b in the dtype of x: the weights may be fp32 master weights while the activations are bf16."""
+
+    def __init__(self, d_in: int, d_out: int, bias: bool, **where):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d_out, d_in, **where))
+        self.bias = nn.Parameter(torch.empty(d_out, **where)) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight over the last dimension, the division in fp32."""
+
+    def __init__(self, size: int, eps: float, **where):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, **where))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(layer, q (T, H, E), k (T, G, E), v (T, G, E)) -> (T, H, E): how a block attends, chosen by who runs the model."""
+
+
+class Block(nn.Module):
+    """One layer: x + attention(norm(x)), then x + SwiGLU(norm(x)). q, k, v and gate, up are one matrix each."""
+
+    def __init__(self, config: ModelConfig, layer: int, **where):
+        super().__init__()
+        c, self.config, self.layer = config, config, layer
+        width = c.num_heads * c.head_dim
+        self.attention_norm = RMSNorm(c.hidden_size, c.norm_eps, **where)
+        self.qkv = Linear(c.hidden_size, width + 2 * c.num_kv_heads * c.head_dim, c.qkv_bias, **where)
+        self.o = Linear(width, c.hidden_size, False, **where)
+        self.q_norm = RMSNorm(c.head_dim, c.norm_eps, **where) if c.qk_norm else None
+        self.k_norm = RMSNorm(c.head_dim, c.norm_eps, **where) if c.qk_norm else None
+        self.mlp_norm = RMSNorm(c.hidden_size, c.norm_eps, **where)
+        self.gate_up = Linear(c.hidden_size, 2 * c.intermediate_size, False, **where)
+        self.down = Linear(c.intermediate_size, c.hidden_size, False, **where)
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
+        c = self.config
+        qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (-1, c.head_dim))  # (T, H+2G, E)
+        q, k, v = qkv.split((c.num_heads, c.num_kv_heads, c.num_kv_heads), dim=1)
+        if c.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        out = attend(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v)  # (T, H, E)
+        x = x + self.o(out.flatten(1))
+        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)  # (T, F) each
+        return x + self.down(F.silu(gate) * up)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding (arXiv 2104.09864) of x (T, heads, E) by cos, sin (T, 1, E); the first half of `sin` is negated.
+
+    Hugging Face weights pair dimension e with e + E/2, hence the roll by half a head.
+    """
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
+
+
+def inverse_frequencies(config: ModelConfig) -> torch.Tensor:
+    """Angular speed per position of each rotary pair, (E/2,) fp32, with Llama 3.1's scaling where the config has it.
+
+    Llama 3.1 divides the speed by `factor` for wavelengths beyond the old context and blends in between:
+    github.com/meta-llama/llama-models, models/llama3/model.py.
+    """
+    E = config.head_dim
+    speed = config.rope_theta ** (-torch.arange(0, E, 2, dtype=torch.float32) / E)
+    s = config.rope_scaling
+    if s is None:
+        return speed
+    turns = s["original_max_position_embeddings"] * speed / (2 * math.pi)  # full turns within the old context
+    low, high = s["low_freq_factor"], s["high_freq_factor"]
+    kept = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slow pair, scaled; 1: fast pair, as it was
+    return speed * (kept + (1 - kept) / s["factor"])
+
+
+class Cache:
+    """Keys and values of up to S rows, C tokens each, and how many tokens each row holds.
+
+    k, v (L, S, C, G, E); lengths (S,) int64. Rows are filled by the sampler.
+    """
+
+    def __init__(self, config: ModelConfig, rows: int, capacity: int, dtype: torch.dtype, device: torch.device):
+        shape = (config.num_layers, rows, capacity, config.num_kv_heads, config.head_dim)
+        self.k = torch.zeros(shape, dtype=dtype, device=device)  # zeros: a masked NaN would still poison a sum
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+
+
+class Transformer(nn.Module):
+    """The policy network. `dtype` is that of the activations; the weights may be kept in another (`param_dtype`)."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        param_dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.config, self.dtype = config, dtype
+        self.checkpointing = False  # recompute each block's activations in the backward pass
+        self.vocab_size = config.vocab_size  # V; the tokenizer's size where the embedding has unused rows beyond it
+        where = {"dtype": param_dtype or dtype, "device": device}
+        self.embed = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size, **where))
+        self.blocks = nn.ModuleList(Block(config, layer, **where) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, **where)
+        self.head = None if config.tied else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size, **where))
+        self.register_buffer("speed", inverse_frequencies(config).to(device), persistent=False)
+
+    def forward(self, ids: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        """Hidden states (T, D) after the last norm, of packed ids (T,) int64 with borders cu_seqlens (S+1,) int64."""
+        return self._run(ids, positions(cu_seqlens), lambda layer, q, k, v: attention(q, k, v, cu_seqlens))
+
+    def prefill(self, ids: torch.Tensor, cu_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values of every layer, each (L, T, G, E), of a pack such as `forward` takes, for a cache."""
+        keys, values = [], []
+
+        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            keys.append(k)
+            values.append(v)
+            return attention(q, k, v, cu_seqlens)
+
+        self._run(ids, positions(cu_seqlens), attend)
+        return torch.stack(keys), torch.stack(values)
+
+    def decode(self, ids: torch.Tensor, cache: Cache) -> torch.Tensor:
+        """Append ids (S,), one token to each of the cache's first S rows; hidden states (S, D) of those tokens."""
+        S = ids.shape[0]
+        rows, at = torch.arange(S, device=ids.device), cache.lengths[:S]
+        lengths = at + 1
+
+        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            cache.k[layer, rows, at], cache.v[layer, rows, at] = k, v
+            return decode_attention(q, cache.k[layer, :S], cache.v[layer, :S], lengths)
+
+        hidden = self._run(ids, at, attend)
+        cache.lengths[:S] = lengths
+        return hidden
+
+    def _run(self, ids: torch.Tensor, position: torch.Tensor, attend: Attend) -> torch.Tensor:
+        angle = torch.outer(position.float(), self.speed)[:, None]  # (T, 1, E/2)
+        cos = torch.cat((angle.cos(), angle.cos()), dim=-1).to(self.dtype)
+        sin = torch.cat((-angle.sin(), angle.sin()), dim=-1).to(self.dtype)
+        x = F.embedding(ids, self.embed).to(self.dtype)  # (T, D)
+        for block in self.blocks:
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, attend, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, attend)
+        return self.norm(x)
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """The head's matrix (V, D) in the activations' dtype, cut to the tokenizer's vocabulary."""
+        weight = self.embed if self.head is None else self.head
+        return weight[: self.vocab_size].to(self.dtype)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (T, V) of hidden states (T, D)."""
+        return hidden @ self.head_weight.T
+
+    @torch.no_grad()
+    def copy_from(self, other: "Transformer") -> None:
+        """Take over the weights of a model of the same shape, cast to the dtype of this one's."""
+        for ours, theirs in zip(self.parameters(), other.parameters(), strict=True):
+            ours.copy_(theirs)
+
+    def init_weights(self, seed: int, std: float = 0.02) -> None:
+        """Fresh weights as GPT-2 draws them: normal, the two matrices that end a residual branch scaled down."""
+        generator = torch.Generator(self.embed.device).manual_seed(seed)
+        for name, p in self.named_parameters():
+            if p.dim() == 1:
+                nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
+            else:
+                branch_end = name.endswith(("o.weight", "down.weight"))
+                scale = std / math.sqrt(2 * self.config.num_layers) if branch_end else std
+                nn.init.normal_(p, std=scale, generator=generator)
+
+    def hf_weights(self) -> dict[str, torch.Tensor]:
+        """Hugging Face weight name → view of our parameter: the one map used to load and to save."""
+        c = self.config
+        heads = [n * c.head_dim for n in (c.num_heads, c.num_kv_heads, c.num_kv_heads)]
+        views = {"model.embed_tokens.weight": self.embed, "model.norm.weight": self.norm.weight}
+        if self.head is not None:
+            views["lm_head.weight"] = self.head
+        for i, block in enumerate(self.blocks):
+            at = f"model.layers.{i}."
+            views[at + "input_layernorm.weight"] = block.attention_norm.weight
+            views[at + "post_attention_layernorm.weight"] = block.mlp_norm.weight
+            views[at + "self_attn.o_proj.weight"] = block.o.weight
+            views[at + "mlp.down_proj.weight"] = block.down.weight
+            for name, part in zip("qkv", block.qkv.weight.split(heads)):
+                views[at + f"self_attn.{name}_proj.weight"] = part
+            for name, part in zip(("gate", "up"), block.gate_up.weight.chunk(2)):
+                views[at + f"mlp.{name}_proj.weight"] = part
+            if c.qkv_bias:
+                for name, part in zip("qkv", block.qkv.bias.split(heads)):
+                    views[at + f"self_attn.{name}_proj.bias"] = part
+            if c.qk_norm:
+                views[at + "self_attn.q_norm.weight"] = block.q_norm.weight
+                views[at + "self_attn.k_norm.weight"] = block.k_norm.weight
+        return {name: view.detach() for name, view in views.items()}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        param_dtype: torch.dtype | None = None,
+    ) -> "Transformer":
+        """The model of a Hugging Face folder, every tensor read once, straight into its place, dtype and device.
+
+        Raises FileNotFoundError for a missing file, ValueError for an unsupported config, a shard that cannot be
+        read, and weights that are missing, unexpected or of another shape.
+        """
+        folder = Path(folder)
+        model = cls(ModelConfig.from_folder(folder), dtype, device, param_dtype)
+        views = model.hf_weights()
+        missing = set(views)
+        for shard in _shards(folder):
+            try:
+                with safe_open(shard, framework="pt", device=str(device)) as file:
+                    for name in file.keys():
+                        if name not in views:
+                            if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.config.tied):
+                                continue  # derived from the config, or a second copy of the embedding
+                            raise ValueError(f"{shard}: unexpected weight {name}; is config.json of another model?")
+                        weight = file.get_tensor(name)
+                        if weight.shape != views[name].shape:
+                            found, wanted = tuple(weight.shape), tuple(views[name].shape)
+                            raise ValueError(f"{shard}: {name} is {found}, config.json says {wanted}")
+                        views[name].copy_(weight)
+                        missing.discard(name)
+            except SafetensorError as error:
+                raise ValueError(f"{shard}: not a whole safetensors file ({error}); fetch it again") from None
+        if missing:
+            raise ValueError(f"{folder}: {len(missing)} weights are missing, the first is {min(missing)}")
+        return model
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write config.json and the weights (in `dtype`, default that of the activations) as Hugging Face names them.
+
+        Raises ValueError when the model was not read from a Hugging Face folder and has no config.json to write.
+        """
+        folder, dtype = Path(folder), dtype or self.dtype
+        if self.config.hf is None:
+            raise ValueError("save_pretrained needs ModelConfig.hf, the config.json to write")
+        folder.mkdir(parents=True, exist_ok=True)
+        shards, size = [{}], 0
+        for name, view in self.hf_weights().items():
+            weight = view.to("cpu", dtype).contiguous()
+            size += weight.nbytes
+            if size > SHARD_BYTES and shards[-1]:
+                shards.append({})
+                size = weight.nbytes
+            shards[-1][name] = weight.clone() if weight.data_ptr() == view.data_ptr() else weight
+        names = ["model.safetensors"]
+        if len(shards) > 1:
+            names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+            index = {weight: name for name, shard in zip(names, shards) for weight in shard}
+            total = sum(weight.nbytes for shard in shards for weight in shard.values())
+            text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
+            (folder / "model.safetensors.index.json").write_text(text)
+        for name, shard in zip(names, shards):
+            save_file(shard, folder / name, metadata={"format": "pt"})
+        hf = {k: v for k, v in self.config.hf.items() if k not in ("torch_dtype", "dtype")}
+        hf["torch_dtype"] = str(dtype).removeprefix("torch.")
+        (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
+
+
+def positions(cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """Position of each packed token in its own sequence, (T,) int64."""
+    starts, lengths = cu_seqlens[:-1], cu_seqlens.diff()
+    T = int(cu_seqlens[-1])
+    return torch.arange(T, device=cu_seqlens.device) - starts.repeat_interleave(lengths, output_size=T)
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The weight files of a Hugging Face folder, one or those that the index names."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise FileNotFoundError(f"{folder}: neither model.safetensors nor model.safetensors.index.json")
+    shards = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    for shard in shards:
+        if not shard.is_file():
+            raise FileNotFoundError(f"{shard}: missing, though {index.name} names it; fetch the folder again")
+    return shards

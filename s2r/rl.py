@@ -1,0 +1,165 @@
+"""Every equation of S²R's reinforcement learning (Ma et al. 2025, arXiv 2502.12853, §2.3).
+
+A trajectory is y = (a_1, …, a_|y|), its actions alternately solve and verify. One objective serves both levels; they
+differ in what a *span* is, the piece of y that has one reward, one advantage and one probability ratio:
+
+    level     span         reward           baseline                        loss
+    outcome   trajectory   R_o(x, y)        RLOO over the M rollouts of x   (2), (3)
+    process   action       R_a(a_t)         mean over the reward context    (4), (5), (6)
+
+    what                                    equation    function
+    R_o                                     §2.3.1      outcome_reward
+    R_a                                     §2.3.2      process_rewards
+    R(a_t), the reward context              §2.3.2      reward_contexts
+    b̂, leave-one-out                        (2)         leave_one_out
+    b̂, by reward context                    (4)         context_baseline
+    A = R − b̂ − β·log(π_old / π_ref)        (2), (5)    advantages
+    L = −E[min(r·A, clip(r, 1±ε)·A)]        (3), (6)    policy_loss
+
+Rewards are ±1 and come from rules alone. A = spans of the batch, K = response tokens of the batch; a token carries
+the number of its span, and sums over a span are `index_add`. Called by `train_rl.py`.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from s2r.trajectory import Action
+
+
+def outcome_reward(actions: Sequence[Action]) -> float:
+    """R_o: +1 if the last solve of a judged trajectory is right, else −1; no solve at all is −1."""
+    solves = [action for action in actions if action.kind == "solve"]
+    return 1.0 if solves and solves[-1].correct else -1.0
+
+
+def process_rewards(actions: Sequence[Action], finished: bool) -> list[float]:
+    """R_a of each action of a judged trajectory: a solve earns +1 by being right, a verify by saying what is true.
+
+    A verify speaks of the last solve before it. One that cannot be read, or that has no solve before it, earns −1.
+    Departs from the paper, with the release: the action that the length limit cut off (`finished` False) earns −1.
+    """
+    rewards = []
+    truth = None  # the verdict that would be right: there is none before the first solve
+    for action in actions:
+        if action.kind == "solve":
+            truth = "correct" if action.correct else "incorrect"
+            rewards.append(1.0 if action.correct else -1.0)
+        else:
+            rewards.append(1.0 if truth and action.verdict == truth else -1.0)
+    if rewards and not finished:
+        rewards[-1] = -1.0
+    return rewards
+
+
+def reward_contexts(rewards: Sequence[float]) -> list[tuple[float, ...]]:
+    """R(a_t) = (R_a(a_1), …, R_a(a_{t−1})): for each action, the rewards of the actions before it."""
+    return [tuple(rewards[:t]) for t in range(len(rewards))]
+
+
+def leave_one_out(rewards: torch.Tensor) -> torch.Tensor:
+    """b̂ of (2): for each of the M rollouts of a problem, the mean reward of the other M − 1. (N, M) → (N, M).
+
+    Raises ValueError for M = 1, where no other rollout is left.
+    """
+    M = rewards.shape[1]
+    if M < 2:
+        raise ValueError("a leave-one-out baseline needs --rollouts 2 or more")
+    return (rewards.sum(dim=1, keepdim=True) - rewards) / (M - 1)
+
+
+def context_baseline(rewards: Sequence[Sequence[float]]) -> list[list[float]]:
+    """b̂ of (4): for each action, the mean reward of all actions of the batch, of any problem, in its reward context.
+
+    `rewards` holds R_a of each trajectory's actions; the result has the same shape.
+    """
+    members = defaultdict(list)
+    for row in rewards:
+        for context, reward in zip(reward_contexts(row), row):
+            members[context].append(reward)
+    mean = {context: sum(group) / len(group) for context, group in members.items()}
+    return [[mean[context] for context in reward_contexts(row)] for row in rewards]
+
+
+@dataclass(frozen=True)
+class Credit:
+    """What one trajectory is given credit for: its spans in order, each with length in tokens, reward and baseline."""
+
+    tokens: list[int]
+    reward: list[float]
+    baseline: list[float]
+
+
+def outcome_credit(trajectories: Sequence, rollouts: int) -> list[Credit]:
+    """Outcome level: each trajectory is one span. The trajectories come problem by problem, `rollouts` of each."""
+    reward = torch.tensor([outcome_reward(t.actions) for t in trajectories]).view(-1, rollouts)  # (N, M)
+    baseline = leave_one_out(reward).flatten().tolist()
+    return [Credit([len(t.ids)], [r], [b]) for t, r, b in zip(trajectories, reward.flatten().tolist(), baseline)]
+
+
+def process_credit(trajectories: Sequence) -> list[Credit]:
+    """Process level: each action is a span."""
+    reward = [process_rewards(t.actions, t.finished) for t in trajectories]
+    lengths = [[action.end - action.start for action in t.actions] for t in trajectories]
+    return [Credit(*credit) for credit in zip(lengths, reward, context_baseline(reward))]
+
+
+def spans(
+    credits: Sequence[Credit], trajectories: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A micro-batch of credits as tensors: span (K,) int64, reward (A,), baseline (A,), weight (A,).
+
+    `trajectories` is B, the number in the whole update. The weights carry the expectation of (3) and (6): 1/B for a
+    trajectory, 1/(B·|y|_a) for an action. Over an update they sum to 1, however it is split into micro-batches.
+    """
+    tokens = torch.tensor([n for credit in credits for n in credit.tokens], device=device)
+    span = torch.arange(len(tokens), device=device).repeat_interleave(tokens)
+    reward = torch.tensor([r for credit in credits for r in credit.reward], device=device)
+    baseline = torch.tensor([b for credit in credits for b in credit.baseline], device=device)
+    weight = [1 / (trajectories * len(credit.reward)) for credit in credits for _ in credit.reward]
+    return span, reward, baseline, torch.tensor(weight, device=device)
+
+
+def span_sum(x: torch.Tensor, span: torch.Tensor, spans: int) -> torch.Tensor:
+    """Sum of x (K,) over the tokens of each span, (A,) in fp32; `span` (K,) int64 holds each token's span number."""
+    return torch.zeros(spans, device=x.device).index_add(0, span, x.float())
+
+
+def advantages(
+    reward: torch.Tensor,
+    baseline: torch.Tensor,
+    logp_old: torch.Tensor,
+    logp_ref: torch.Tensor,
+    span: torch.Tensor,
+    *,
+    beta: float,
+) -> torch.Tensor:
+    """A of (2) and (5), (A,): reward − baseline − β·log(π_old/π_ref), the log-ratio summed over the span's tokens.
+
+    reward and baseline (A,); logp_old, logp_ref and span (K,).
+    """
+    return reward - baseline - beta * span_sum(logp_old - logp_ref, span, len(reward))
+
+
+def policy_loss(
+    logp: torch.Tensor,
+    logp_old: torch.Tensor,
+    span: torch.Tensor,
+    advantage: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    epsilon: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """L of (3) and (6): −Σ weight · min(r·A, clip(r, 1−ε, 1+ε)·A), and the ratio r of each span, (A,), without gradient.
+
+    logp (K,) has the gradient, logp_old and span (K,) do not; advantage and weight (A,), the weights those of `spans`,
+    so that the loss of an update is the plain sum over its micro-batches.
+    """
+    tokens = span_sum(torch.ones_like(logp), span, len(advantage))
+    # Departs from the paper, with the release: the mean, not the sum, of the token log-ratios. The product over a long
+    # span leaves the clip range at once (the same length-normalised ratio as GSPO, arXiv 2507.18071).
+    ratio = (span_sum(logp - logp_old, span, len(advantage)) / tokens).exp()
+    gain = torch.minimum(ratio * advantage, ratio.clamp(1 - epsilon, 1 + epsilon) * advantage)
+    return -(weight * gain).sum(), ratio.detach()

@@ -1,0 +1,114 @@
+"""Judged responses: problem → prompt → sampled ids → actions → right or wrong. And the file that keeps them.
+
+Called by `sample.py` and `train_rl.py`, which roll out alike, and by `s2r/behavior.py`, which reads the file.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from s2r import rl
+from s2r.data import Problem, read_jsonl
+from s2r.generate import generate
+from s2r.model import Transformer
+from s2r.tokenizer import Tokenizer
+from s2r.trajectory import Action, judge, parse, prompt
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One response to one problem, its actions judged."""
+
+    problem: Problem
+    sample: int  # 0 … M−1
+    temperature: float
+    prompt_ids: list[int]
+    ids: list[int]  # response, stop token included
+    logp: list[float]  # nats; logp[t] scores ids[t] under the sampler
+    finished: bool
+    text: str
+    actions: list[Action]  # spans index `ids`
+
+    def to_row(self) -> dict:
+        """The row of a rollout file: problem, ids, log-probabilities, actions with their rewards R_a, and R_o."""
+        actions = []
+        for action, reward in zip(self.actions, rl.process_rewards(self.actions, self.finished)):
+            read = {"answer": action.answer} if action.kind == "solve" else {"verdict": action.verdict}
+            actions.append({"kind": action.kind, "start": action.start, "end": action.end, **read, "reward": int(reward)})
+        return {
+            "unique_id": self.problem.unique_id,
+            "problem": self.problem.problem,
+            "answer": self.problem.answer,
+            "level": self.problem.level,
+            "sample": self.sample,
+            "temperature": self.temperature,
+            "prompt_ids": self.prompt_ids,
+            "ids": self.ids,
+            "logp": [round(x, 6) for x in self.logp],
+            "finished": self.finished,
+            "text": self.text,
+            "actions": actions,
+            "reward": int(rl.outcome_reward(self.actions)),
+        }
+
+
+def roll_out(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    problems: Sequence[Problem],
+    *,
+    n: int,
+    temperature: float,
+    max_new_tokens: int,
+    seed: int,
+    step: int = 0,
+    **options,
+) -> list[Trajectory]:
+    """Sample n responses to each problem and judge them, in the order problem 0 sample 0, problem 0 sample 1, …
+
+    `options` go to `generate`. Raises ValueError, naming the problem, for a prompt that leaves no room in the context.
+    """
+    prompts = [prompt(problem.problem, tokenizer) for problem in problems]
+    for problem, ids in zip(problems, prompts):
+        if len(ids) >= model.config.max_positions:
+            raise ValueError(
+                f"problem {problem.unique_id}: its prompt has {len(ids)} tokens, the model's context "
+                f"{model.config.max_positions}; drop it from the file"
+            )
+    rollouts = generate(
+        model,
+        prompts,
+        n=n,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        stop_ids=tokenizer.stop_ids,
+        seed=seed,
+        step=step,
+        **options,
+    )
+    return [
+        Trajectory(
+            problem=problems[r.prompt],
+            sample=r.sample,
+            temperature=temperature,
+            prompt_ids=prompts[r.prompt],
+            ids=r.ids,
+            logp=r.logp,
+            finished=r.finished,
+            text=tokenizer.decode(r.ids[:-1] if r.finished else r.ids),
+            actions=judge(parse(r.ids, tokenizer), problems[r.prompt].answer),
+        )
+        for r in rollouts
+    ]
+
+
+def show(trajectory: Trajectory) -> str:
+    """A trajectory for the terminal: each action under a line with its kind, what was read from it and its reward."""
+    lines = [f"── problem {trajectory.problem.unique_id}: {trajectory.problem.problem}"]
+    for action, reward in zip(trajectory.actions, rl.process_rewards(trajectory.actions, trajectory.finished)):
+        read = f"answer {action.answer}" if action.kind == "solve" else f"verdict {action.verdict}"
+        lines += [f"── {action.kind}: {read}, reward {reward:+.0f}", action.text.strip()]
+    end = "stopped by itself" if trajectory.finished else "cut off by the length limit"
+    reward = rl.outcome_reward(trajectory.actions)
+    lines.append(f"── {end}; gold answer {trajectory.problem.answer}, outcome reward {reward:+.0f}")
+    return "\n".join(lines)

@@ -1,0 +1,182 @@
+"""Stage 2, reinforcement learning with outcome-level or process-level rewards (paper §2.3; equations in s2r/rl.py).
+
+    python train_rl.py --level outcome                                 toy world
+    python train_rl.py --model DIR2 --data F.jsonl --out DIR3 --level process --problems 64 --rollouts 4 --updates 4 \\
+        --temperature 0.7 --beta 0.05 --epsilon 0.2 --lr 5e-7 --steps 500 --max-new-tokens 8000
+
+A step: sample M rollouts of N problems, judge them by rule, score them under the old and the reference policy, then
+take several clipped policy-gradient updates on them.
+"""
+
+# Before torch: s2r settles how torch's threads wait.
+import s2r  # isort: skip  # noqa: F401
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from s2r import rl, runtime, toy
+from s2r.data import load_problems
+from s2r.metrics import summarize, table
+from s2r.model import Transformer
+from s2r.packing import Pack, pack, policy_logp
+from s2r.rollouts import Trajectory, roll_out, show
+
+
+@dataclass(frozen=True)
+class Config:
+    model: str = toy.SFT  # Hugging Face folder to start from: the SFT model, also π_ref
+    data: str = toy.TRAIN  # problem file, JSONL
+    out: str = toy.RL  # run folder to write
+    level: Literal["outcome", "process"] = "outcome"  # what has a reward: the trajectory or each action
+    problems: int = 32  # N, problems per step (paper: 64)
+    rollouts: int = 4  # M, rollouts per problem (paper: 4)
+    updates: int = 4  # optimizer steps per step, each on a share of the rollouts (paper: 4)
+    temperature: float = 0.7  # of sampling, and of every log-probability (paper: 0.7)
+    beta: float = 0.05  # β, weight of the KL to π_ref in the advantage (paper: 0.05; 0.01 for Qwen2.5-Math-7B)
+    epsilon: float = 0.2  # ε, clip range of the ratio (paper: 0.2)
+    lr: float = 2e-5  # learning rate after warm-up (paper: 5e-7)
+    warmup: int = 5  # steps of linear warm-up (paper: 5)
+    steps: int = 40  # (paper: 500)
+    max_new_tokens: int = 512  # length limit of a rollout (paper: 8000)
+    max_grad_norm: float = 1.0  # gradient norm is clipped to this (paper: 1)
+    seed: int = 0  # of the order of the data and of the random stream
+    eval_data: str = ""  # problem file to evaluate on, greedily
+    eval_every: int = 0  # steps between evaluations, 0: none
+    show_every: int = 10  # steps between rollouts printed in full, 0: none
+    save_every: int = 50  # steps between checkpoints; there is always one at the end
+    resume: bool = False  # go on with the run in --out
+    checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    slots: int = 128  # rollouts sampled at a time; fewer take less memory
+    tokens_per_microbatch: int = 8192  # tokens run through the model at a time; changes memory, not the gradient
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, …
+
+
+def main(cfg: Config) -> None:
+    toy.ensure(cfg.data)
+    problems = load_problems(cfg.data)
+    held_out = load_problems(cfg.eval_data) if cfg.eval_every else []
+    if cfg.problems > len(problems):
+        raise ValueError(f"{cfg.data} holds {len(problems)} problems, --problems asks for {cfg.problems} a step")
+    if cfg.level == "outcome" and cfg.rollouts < 2:
+        raise ValueError("--rollouts 1: the leave-one-out baseline of the outcome level needs 2 or more")
+    if cfg.updates > cfg.problems * cfg.rollouts:
+        raise ValueError(f"--updates {cfg.updates}: a step has only {cfg.problems * cfg.rollouts} rollouts")
+    device, dtype = runtime.pick(cfg.device, cfg.dtype)
+    model, tokenizer = runtime.load(cfg.model, device, dtype, train=True)
+    model.checkpointing = cfg.checkpointing
+    reference = runtime.load(cfg.model, device, dtype)[0]  # π_ref, fixed
+    # Where the weights are fp32 and the compute is not, the sampler has its own copy in the compute dtype.
+    sampler = model if model.embed.dtype == dtype else Transformer(model.config, dtype, device)
+    sampling = {"max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed, "slots": cfg.slots}
+
+    run = runtime.Run(cfg)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=True)
+    done = run.restore(model, optimizer) if cfg.resume else 0
+    per_epoch = len(problems) // cfg.problems
+    for step in range(done + 1, cfg.steps + 1):
+        clock = runtime.Clock()
+
+        # 1. Sample M responses to each of N problems from the current policy, and judge them.
+        epoch, at = divmod(step - 1, per_epoch)
+        chosen = runtime.order(len(problems), cfg.seed, epoch)[at * cfg.problems :][: cfg.problems]
+        if sampler is not model:
+            sampler.copy_from(model)
+        batch = [problems[i] for i in chosen]
+        trajectories = roll_out(sampler, tokenizer, batch, n=cfg.rollouts, temperature=cfg.temperature, step=step, **sampling)
+        clock.lap("rollout")
+
+        # 2. Give each span its reward and baseline: the whole trajectory, or each of its actions.
+        if cfg.level == "outcome":
+            credits = rl.outcome_credit(trajectories, cfg.rollouts)
+        else:
+            credits = rl.process_credit(trajectories)
+
+        # 3. Split the rollouts over the updates; score them under π_old and π_ref; advantage of each span.
+        updates = []
+        shuffled = runtime.order(len(trajectories), cfg.seed + 1, step)
+        for rows in np.array_split(shuffled, cfg.updates):
+            share = [(trajectories[i], credits[i]) for i in rows]
+            updates.append(score(share, model, reference, cfg, device))
+        clock.lap("score")
+
+        # 4. Policy gradient: one optimizer step per update, its loss the sum over its micro-batches.
+        ratios, norms = [], []
+        for work in updates:
+            for m in work:
+                logp, _ = policy_logp(model, m.pack, cfg.temperature)
+                loss, ratio = rl.policy_loss(logp, m.logp_old, m.span, m.advantage, m.weight, epsilon=cfg.epsilon)
+                loss.backward()
+                ratios.append(ratio)
+            lr = cfg.lr * min(1.0, step / cfg.warmup) if cfg.warmup else cfg.lr
+            what = f"step {step}, problems {[p.unique_id for p in batch]}"
+            norms.append(runtime.optimizer_step(model, optimizer, lr=lr, clip=cfg.max_grad_norm, what=what))
+        clock.lap("update")
+
+        # 5. Log, show, evaluate, save.
+        scored = [m for work in updates for m in work]
+        run.log({"step": step} | measure(trajectories, credits, scored, torch.cat(ratios), cfg) | {
+            "grad_norm": sum(norms) / len(norms), "lr": lr} | clock.parts)
+        if cfg.show_every and step % cfg.show_every == 0:
+            print(show(trajectories[0]), end="\n\n")
+        if cfg.eval_every and step % cfg.eval_every == 0:
+            if sampler is not model:
+                sampler.copy_from(model)
+            greedy = roll_out(sampler, tokenizer, held_out, n=1, temperature=0.0, **sampling)
+            print(table({f"step {step}, {cfg.eval_data}": summarize(greedy)}))
+        if step % cfg.save_every == 0 or step == cfg.steps:
+            run.save(model, optimizer, step)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One micro-batch ready for the update: K response tokens in A spans."""
+
+    pack: Pack
+    span: torch.Tensor  # (K,) int64, the span of each response token
+    advantage: torch.Tensor  # (A,)
+    weight: torch.Tensor  # (A,) share of each span in the loss of the update
+    logp_old: torch.Tensor  # (K,)
+    logp_ref: torch.Tensor  # (K,)
+    logp_sampled: torch.Tensor  # (K,) what the sampler said
+    entropy: torch.Tensor  # (K,)
+
+
+@torch.no_grad()
+def score(share: list[tuple[Trajectory, rl.Credit]], model, reference, cfg: Config, device) -> list[Scored]:
+    """The micro-batches of one update. They are formed once, so that π_θ starts out as π_old to the last bit."""
+    ids = [t.prompt_ids + t.ids for t, _ in share]
+    scored = [list(range(len(t.prompt_ids), len(t.prompt_ids) + len(t.ids))) for t, _ in share]  # no prompt token
+    out = []
+    for p in pack(ids, scored, cfg.tokens_per_microbatch, device):
+        span, reward, baseline, weight = rl.spans([share[row][1] for row in p.rows], len(share), device)
+        logp_old, entropy = policy_logp(model, p, cfg.temperature)
+        logp_ref, _ = policy_logp(reference, p, cfg.temperature)
+        advantage = rl.advantages(reward, baseline, logp_old, logp_ref, span, beta=cfg.beta)
+        sampled = torch.tensor([x for row in p.rows for x in share[row][0].logp], device=device)
+        out.append(Scored(p, span, advantage, weight, logp_old, logp_ref, sampled, entropy))
+    return out
+
+
+def measure(trajectories, credits, scored: list[Scored], ratio: torch.Tensor, cfg: Config) -> dict:
+    """The numbers of one step, over all its rollouts and tokens (README, "What is logged")."""
+    metrics = summarize(trajectories)
+    rewards = [r for credit in credits for r in credit.reward]
+    old, ref, sampled, entropy = (
+        torch.cat([getattr(m, name) for m in scored]) for name in ("logp_old", "logp_ref", "logp_sampled", "entropy")
+    )
+    return {
+        "reward": sum(rewards) / len(rewards),
+        **{name: metrics[name] for name in ("accuracy", "first_accuracy", "trials", "va", "icr", "cir", "tokens", "finished")},
+        "kl": (old - ref).mean().item(),
+        "entropy": entropy.mean().item(),
+        "gap": (sampled - old).abs().mean().item(),
+        "clipped": ((ratio - 1).abs() > cfg.epsilon).float().mean().item(),
+    }
+
+
+if __name__ == "__main__":
+    runtime.start(main, Config)

@@ -1,0 +1,106 @@
+"""Stage 1, behaviour initialisation: masked SFT on trajectories that check and correct themselves (paper §2.2.4).
+
+    python train_sft.py                                                toy world
+    python train_sft.py --model DIR --data TRAJ.jsonl --out DIR2 --epochs 3 --lr 5e-6 --batch-size 32 --kl 0.1 --max-length 8000
+
+The target is what a good trajectory does, never its mistakes: every verify, the last solve and the stop token have a
+loss, the wrong solves before are context. Equation (1), plus kl · KL(π ‖ π_base) on the same tokens.
+"""
+
+# Before torch: s2r settles how torch's threads wait.
+import s2r  # isort: skip  # noqa: F401
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from kernels.logprob import token_logp, token_logp_kl
+from s2r import runtime, toy
+from s2r.data import load_trajectories
+from s2r.packing import pack, predictors, sft_targets
+from s2r.trajectory import encode, prompt
+
+
+@dataclass(frozen=True)
+class Config:
+    model: str = toy.BASE  # Hugging Face folder to start from, π_base
+    data: str = toy.TRAJECTORIES  # trajectory file, JSONL
+    out: str = toy.SFT  # run folder to write
+    epochs: int = 4  # passes over the data (paper: 3)
+    lr: float = 5e-4  # learning rate after warm-up (paper: 5e-6)
+    warmup: int = 5  # steps of linear warm-up (paper: 5)
+    batch_size: int = 32  # trajectories per step (paper: 32)
+    kl: float = 0.01  # weight of the KL to the base model (paper: 0.1; 0.01 for Qwen2.5-Math-7B)
+    max_length: int = 1024  # tokens; longer examples are left out (paper: 8000, 6000 for Qwen2)
+    max_grad_norm: float = 1.0  # gradient norm is clipped to this (paper: 1)
+    seed: int = 0  # of the order of the data
+    save_every: int = 200  # steps between checkpoints; there is always one at the end
+    resume: bool = False  # go on with the run in --out
+    checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    tokens_per_microbatch: int = 8192  # tokens run through the model at a time; changes memory, not the gradient
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, …
+
+
+def main(cfg: Config) -> None:
+    toy.ensure(cfg.data)
+    examples = load_trajectories(cfg.data)
+    device, dtype = runtime.pick(cfg.device, cfg.dtype)
+    model, tokenizer = runtime.load(cfg.model, device, dtype, train=True)
+    model.checkpointing = cfg.checkpointing
+    base = runtime.load(cfg.model, device, dtype)[0] if cfg.kl else None  # π_base, fixed
+
+    sequences, scored = [], []  # token ids of each example; positions in it that have a loss, δ = 1 in (1)
+    for example in examples:
+        prefix = prompt(example.problem, tokenizer)
+        ids, actions = encode(example.trajectory, tokenizer)
+        if len(prefix) + len(ids) <= min(cfg.max_length, model.config.max_positions):
+            sequences.append(prefix + ids)
+            scored.append([len(prefix) + t for t in sft_targets(actions)])
+    if not sequences:
+        raise ValueError(f"{cfg.data}: no example is within --max-length {cfg.max_length}; raise it")
+    per_epoch = math.ceil(len(sequences) / cfg.batch_size)
+    steps = cfg.epochs * per_epoch
+    print(f"{len(sequences)} of {len(examples)} examples within {cfg.max_length} tokens, {steps} steps")
+
+    run = runtime.Run(cfg)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=True)
+    done = run.restore(model, optimizer) if cfg.resume else 0
+    for step in range(done + 1, steps + 1):
+        start = time.perf_counter()
+        epoch, at = divmod(step - 1, per_epoch)
+        batch = runtime.order(len(sequences), cfg.seed, epoch)[at * cfg.batch_size :][: cfg.batch_size]
+        packs = pack([sequences[i] for i in batch], [scored[i] for i in batch], cfg.tokens_per_microbatch, device)
+        tokens = sum(len(p.scored) for p in packs)  # of the whole batch, so micro-batches do not change the gradient
+
+        nll = kl = 0.0
+        for p in packs:
+            hidden = predictors(model, p)  # (K, D)
+            if base is None:
+                logp, _ = token_logp(hidden, model.head_weight, p.targets)
+                loss = -logp.sum() / tokens
+            else:
+                with torch.no_grad():
+                    hidden_base = predictors(base, p)
+                logp, _, divergence = token_logp_kl(hidden, model.head_weight, p.targets, hidden_base, base.head_weight)
+                loss = (-logp + cfg.kl * divergence).sum() / tokens
+                kl += divergence.sum().item() / tokens
+            loss.backward()
+            nll -= logp.sum().item() / tokens
+        lr = cfg.lr * min(1.0, step / cfg.warmup) if cfg.warmup else cfg.lr
+        what = f"step {step}, examples {batch}"
+        norm = runtime.optimizer_step(model, optimizer, lr=lr, clip=cfg.max_grad_norm, what=what)
+
+        seconds = time.perf_counter() - start
+        read = sum(len(p.ids) for p in packs)
+        row = {"step": step, "epoch": epoch, "nll": nll, "kl": kl, "grad_norm": norm, "lr": lr, "tokens": read}
+        run.log(row | {"tokens_per_second": read / seconds})
+        if step % cfg.save_every == 0 or step == steps:
+            run.save(model, optimizer, step)
+
+
+if __name__ == "__main__":
+    runtime.start(main, Config)
