@@ -15,5 +15,7 @@ Importing this package before torch also settles how torch's threads wait for on
 
 import os
 
-# libgomp reads this once, when torch loads it.
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+# How many times a thread looks again before it sleeps when it waits for the others of a parallel region. Read once, by
+# libgomp, when torch loads it. The default, hundreds of thousands, makes two threads many times slower as soon as one
+# core has other work; no looking at all costs a fifth on an idle machine. `tests/benchmark.py` measures it.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")

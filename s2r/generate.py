@@ -64,9 +64,11 @@ def generate(
     waiting = deque((i, j) for i in range(len(prompts)) for j in range(n))
     if not waiting:
         return []
-    rows = _Rows(model, prompts, min(slots, len(waiting)), temperature, max_new_tokens, stop_ids, prefill_tokens)
+    slots = min(slots, len(waiting))
+    rows = _Rows(model, prompts, slots, temperature, max_new_tokens, stop_ids, prefill_tokens)
     rollouts, tokens, start = {}, 0, time.perf_counter()
-    with torch.inference_mode(), tqdm(total=len(waiting), unit=" rollouts", disable=not progress) as bar:
+    bar = tqdm(total=len(waiting), unit=" rollouts", disable=not progress)
+    with torch.inference_mode(), model.prepacked(slots), bar:
         free = list(range(rows.slots))
         while True:
             jobs = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]

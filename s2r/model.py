@@ -10,7 +10,8 @@ function that the blocks are given to attend with. Called by the sampler, by `s2
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import attention, decode_attention
+from kernels.linear import linear, prepack
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 SHARD_BYTES = 5 * 10**9  # size at which `save_pretrained` starts the next file
@@ -101,10 +103,11 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_out, d_in, **where))
         self.bias = nn.Parameter(torch.empty(d_out, **where)) if bias else None
+        self.packed: torch.Tensor | None = None  # see Transformer.prepacked
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return linear(x, self.weight.to(x.dtype), bias, self.packed)
 
 
 class RMSNorm(nn.Module):
@@ -207,6 +210,7 @@ class Transformer(nn.Module):
         self.embed = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size, **where))
         self.blocks = nn.ModuleList(Block(config, layer, **where) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, **where)
+        self.packed_head: torch.Tensor | None = None
         self.head = None if config.tied else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size, **where))
         self.register_buffer("speed", inverse_frequencies(config).to(device), persistent=False)
 
@@ -260,7 +264,21 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (T, V) of hidden states (T, D)."""
-        return hidden @ self.head_weight.T
+        return linear(hidden, self.head_weight, packed=self.packed_head)
+
+    @contextmanager
+    def prepacked(self, rows: int) -> Iterator[None]:
+        """For many decode steps of about `rows` rows with fixed weights: on a CPU, hold them laid out for that."""
+        layers = [module for module in self.modules() if isinstance(module, Linear)]
+        try:
+            for layer in layers:
+                layer.packed = prepack(layer.weight, rows)
+            self.packed_head = prepack(self.head_weight, rows)
+            yield
+        finally:
+            for layer in layers:
+                layer.packed = None
+            self.packed_head = None
 
     @torch.no_grad()
     def copy_from(self, other: "Transformer") -> None:

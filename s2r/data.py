@@ -1,0 +1,179 @@
+"""Files in and out: problems, SFT trajectories, and JSONL rows of any kind.
+
+    problem file, one JSON object a line            gold answer
+    {"problem", "answer", "solution"?, "level"?, …}   `answer`                                  ours
+    {"question", "answer"}                            `answer` after "####"                     GSM8K as published
+    {"problem", "solution", "level": "Level 3", …}    last \\boxed of `solution`                 MATH as published
+
+    trajectory file   {"unique_id", "problem", "answer", "trajectory": [solve, verify, solve, verify, …]}
+    with steps        {"kind": "solve", "text", "correct"}   {"kind": "verify", "text", "verdict"}
+
+Everything here comes from a user: what cannot be used is a ValueError or FileNotFoundError that names file and row.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from s2r.grade import extract_answer, parsable
+from s2r.trajectory import parse_verdict, render
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem with its gold answer."""
+
+    problem: str
+    answer: str
+    unique_id: str
+    level: int | None = None  # difficulty, 1 (easy) to 5 in MATH
+    subject: str | None = None
+    solution: str | None = None
+
+
+@dataclass(frozen=True)
+class Example:
+    """One SFT trajectory: wrong solves with their checks, then a right one with its check."""
+
+    unique_id: str
+    problem: str
+    answer: str
+    trajectory: list[dict]  # steps, see the module docstring
+
+
+def read_jsonl(path: str | Path) -> list[dict]:
+    """Rows of a JSON-lines file, blank lines left out.
+
+    Raises FileNotFoundError, and ValueError for an empty file or a row that is not a JSON object in valid UTF-8.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; give a JSON-lines file, one object per line")
+    rows = []
+    with path.open("rb") as file:
+        for line in filter(bytes.strip, file):
+            number = len(rows) + 1
+            try:
+                row = json.loads(line.decode("utf-8-sig"))
+                if b"\\ud" in line.lower():  # half of a surrogate pair passes json.loads and breaks every tokenizer
+                    json.dumps(row, ensure_ascii=False).encode()
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}: row {number}: not JSON ({error}); write one object per line") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}: row {number}: a {type(row).__name__}, not an object like "
+                                 '{"problem": …, "answer": …}')
+            rows.append(row)
+    if not rows:
+        raise ValueError(f"{path}: no rows; the file is empty")
+    return rows
+
+
+def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
+    """Writes rows to `path` by way of a temporary file, so that a crash leaves the old file or the new one."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    os.replace(partial, path)
+
+
+def load_problems(path: str | Path, limit: int = 0) -> list[Problem]:
+    """Problems of a file in one of the three formats above, of its first `limit` rows (0: all).
+
+    Rows whose answer is the empty string, of which public sets hold a few, are left out with a line that names them.
+    Raises FileNotFoundError, and ValueError naming file and rows: no problem, no answer, an answer that cannot be
+    graded against, a `unique_id` seen before, no row left.
+    """
+    if limit < 0:
+        raise ValueError(f"limit {limit}: give a number of problems, 0 for all")
+    problems, failed, blank, first_row = [], {}, [], {}
+    for number, row in enumerate(read_jsonl(path)[:limit or None], start=1):
+        if row.get("answer") == "":
+            blank.append(number)
+            continue
+        try:
+            problem = _problem(row, f"{Path(path).stem}/{number - 1}")
+            seen = first_row.setdefault(problem.unique_id, number)
+            if seen != number:  # rollouts are grouped by it
+                raise ValueError(f"unique_id {problem.unique_id!r} is that of row {seen} already; make it unique")
+            problems.append(problem)
+        except ValueError as error:
+            failed[number] = error
+    if failed:
+        number, error = next(iter(failed.items()))
+        more = f" (rows that fail: {', '.join(map(str, failed))})" if len(failed) > 1 else ""
+        raise ValueError(f"{path}: row {number}: {error}{more}") from error
+    if blank:
+        print(f"{path}: {len(blank)} rows have an empty answer and are left out: {', '.join(map(str, blank))}", file=sys.stderr)
+    if not problems:
+        raise ValueError(f"{path}: no row with an answer; give a file with gold answers")
+    return problems
+
+
+def load_trajectories(path: str | Path) -> list[Example]:
+    """Trajectories of a file, each checked against the grammar and the transition rule.
+
+    Raises FileNotFoundError, and ValueError naming file and row.
+    """
+    examples = []
+    for number, row in enumerate(read_jsonl(path), start=1):
+        try:
+            problem = _problem(row, f"{Path(path).stem}/{number - 1}")
+            steps = row.get("trajectory")
+            _check_steps(steps)
+        except ValueError as error:
+            raise ValueError(f"{path}: row {number}: {error}") from error
+        examples.append(Example(problem.unique_id, problem.problem, problem.answer, steps))
+    return examples
+
+
+def _problem(row: dict, unique_id: str) -> Problem:
+    """One row as a Problem, with `unique_id` if it has none; ValueError saying what is wrong with it."""
+    problem = row.get("problem", row.get("question"))
+    answer, solution = row.get("answer"), row.get("solution")
+    keys = ", ".join(row) or "none"
+    if not isinstance(problem, str) or not problem.strip():
+        raise ValueError(f'no "problem" (or GSM8K\'s "question"), keys are {keys}; add it or drop the row')
+    if isinstance(answer, int | float) and not isinstance(answer, bool):
+        answer = str(answer)
+    if isinstance(answer, str) and "####" in answer:
+        solution = answer if solution is None else solution
+        answer = answer.rpartition("####")[2].strip()
+    elif not answer and isinstance(solution, str):
+        answer = extract_answer(solution)
+    if not isinstance(answer, str) or not answer.strip():
+        raise ValueError('"answer" is empty or missing and no "solution" stands in for it with a \\boxed one, '
+                         f"keys are {keys}; add it or drop the row")
+    if not parsable(answer):
+        raise ValueError(f"gold answer {answer!r} cannot be parsed; correct it or drop the row")
+    level = row.get("level")
+    if isinstance(level, str):  # "Level 3" as published; "Level ?" occurs
+        digits = level.removeprefix("Level ").strip()
+        level = int(digits) if digits.isdecimal() else None
+    if not isinstance(level, int | None):
+        raise ValueError(f'"level" is {level!r}; write a whole number or leave it out')
+    return Problem(problem, answer, str(row.get("unique_id") or unique_id), level, row.get("subject", row.get("type")),
+                   solution)
+
+
+def _check_steps(steps: object) -> None:
+    """ValueError unless the steps are (wrong solve, "incorrect")*, right solve, "correct", each readable as such."""
+    if not isinstance(steps, list) or not steps or len(steps) % 2:
+        raise ValueError('"trajectory" is not a list of pairs of solve and verify; give a file that stage 0 wrote')
+    for i, step in enumerate(steps):
+        kind = ("solve", "verify")[i % 2]
+        if not isinstance(step, dict) or step.get("kind") != kind or not isinstance(step.get("text"), str):
+            raise ValueError(f"step {i + 1} is not a {kind} with a text; solve and verify alternate, solve first")
+        last = i >= len(steps) - 2
+        if kind == "solve" and step.get("correct") is not last:
+            raise ValueError(f'step {i + 1} has "correct": {step.get("correct")!r}; the last solve is right, '
+                             "those before it are wrong")
+        expected = "correct" if last else "incorrect"
+        if kind == "verify" and not step.get("verdict") == parse_verdict(step["text"]) == expected:
+            raise ValueError(f'step {i + 1} has "verdict": {step.get("verdict")!r} and ends in '
+                             f"{step['text'].strip()[-60:]!r}; both have to say {expected}")
+    render(steps)

@@ -1,0 +1,200 @@
+"""Text ↔ token ids for a Hugging Face folder, without `transformers`.
+
+    messages --chat template (jinja2)--> text --tokenizer.json--> prompt ids        Tokenizer.chat
+    text of an action ---------------------------------------> ids                  Tokenizer.encode
+    ids --token_bytes--> bytes --utf-8--> text                                      Tokenizer.decode
+
+The two ways in differ in one point. `chat` renders the template and, like `transformers`, turns every special-token
+string of the rendered text into that token: the template's own `<|im_start|>` and, just so, one that a user typed.
+`encode` takes model text that becomes a training target; a `<|im_end|>` spelled out in it stays letters, so that no
+text can smuggle in a stop token. Added tokens that are not special (Qwen's `<tool_call>`) are vocabulary for both.
+
+Called by trajectory.py and by whatever turns ids into text.
+"""
+
+import json
+from datetime import datetime
+from pathlib import Path
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+import tokenizers
+
+
+class _Generation(jinja2.ext.Extension):
+    """Reads `{% generation %} … {% endgeneration %}`, which some templates put around assistant text, as its body."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _compile(source: str) -> jinja2.Template:
+    """Template compiled as `transformers` does; source: transformers/utils/chat_template_utils.py.
+
+    Templates come with downloaded weights, hence the sandbox.
+    """
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    env = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
+    env.filters["tojson"] = tojson  # jinja's own escapes for HTML
+    env.globals["raise_exception"] = raise_exception
+    env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return env.from_string(source)
+
+
+def _byte_of_char() -> dict[str, int]:
+    """GPT-2's printable stand-in for each byte, inverted; source: openai/gpt-2 encoder.py, bytes_to_unicode."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+
+
+def _read_json(path: Path) -> dict:
+    """Content of an optional JSON file of the folder, {} when it is absent; ValueError when it is not JSON."""
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); download the file again") from error
+
+
+class Tokenizer:
+    """One folder's tokenizer and chat template.
+
+    Attributes: `folder`; `vocab_size`, highest id + 1; `stop_ids`, every id that ends a response; `end_id`, the one
+    that the template puts after an assistant message.
+    """
+
+    def __init__(self, folder: Path, backend: tokenizers.Tokenizer, template: str, special: dict[str, str],
+                 eos_ids: set[int]):
+        """`special`: the template's variables (`bos_token` …); `eos_ids`: the stop ids that the configs name."""
+        self.folder = folder
+        self._backend = backend
+        self._special = special
+        self._template = _compile(template)
+        self._added = {id: token.content for id, token in backend.get_added_tokens_decoder().items()}
+        self._byte_level = "ByteLevel" in repr(backend.decoder)
+        self._byte_of_char = _byte_of_char()
+        self._bytes: dict[int, bytes] = {}
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        self._adds_space = self.decode(self._ids("a")).startswith(" ")
+
+        eos_id = backend.token_to_id(special.get("eos_token", ""))
+        turn_id = self._end_of_turn()
+        self.stop_ids = frozenset(eos_ids | ({eos_id, turn_id} - {None}))
+        if not self.stop_ids:
+            raise ValueError(f"{folder}: no end-of-turn token; name an eos_token in tokenizer_config.json")
+        self.end_id = next(id for id in (turn_id, eos_id, min(self.stop_ids)) if id is not None)
+        # `encode` spells out special tokens only, and a folder may list its end of turn as a plain added token.
+        backend.add_special_tokens([self._added[id] for id in self.stop_ids if id in self._added])
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
+        """Tokenizer of a Hugging Face folder.
+
+        Raises FileNotFoundError without tokenizer.json, ValueError when a file cannot be read or there is no template.
+        """
+        folder = Path(folder)
+        path = folder / "tokenizer.json"
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: not found; point at a Hugging Face model folder that holds one")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise ValueError(f"{path}: not a tokenizer.json ({error}); download the file again") from error
+        backend.no_truncation()  # tokenizer.json may ask for either
+        backend.no_padding()
+
+        config = _read_json(folder / "tokenizer_config.json")
+        special = {}
+        for name, token in config.items():
+            token = token.get("content") if isinstance(token, dict) else token
+            if name.endswith("_token") and isinstance(token, str):
+                special[name] = token
+        eos_ids: set[int] = set()
+        for name in ("generation_config.json", "config.json"):
+            found = _read_json(folder / name).get("eos_token_id")
+            eos_ids.update(found if isinstance(found, list) else [] if found is None else [found])
+
+        template = config.get("chat_template")
+        if isinstance(template, list):  # named templates
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        if (folder / "chat_template.jinja").exists():  # wins, as in transformers
+            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        if not template:
+            raise ValueError(f"{folder}: no chat template in tokenizer_config.json or chat_template.jinja; "
+                             "use an instruct model, or add the template of its family")
+        try:
+            return cls(folder, backend, template, special, eos_ids)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"{folder}: chat template does not compile ({error}); fix or replace it") from error
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text: nothing is added, and special-token strings stay text (module docstring)."""
+        # SentencePiece vocabularies put a space before what they take for the start of a text; an action is not one.
+        opening = "\n" if self._adds_space else ""
+        self._backend.encode_special_tokens = True
+        try:
+            skip = self._ids(opening)
+            ids = self._ids(opening + text)
+            return ids[len(skip):] if ids[:len(skip)] == skip else self._ids(text)
+        finally:
+            self._backend.encode_special_tokens = False
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids, special tokens spelled out; bytes that are not UTF-8 become U+FFFD."""
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+
+    def chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """Prompt ids of `[{"role", "content"}, …]`, ending where the assistant starts to speak.
+
+        Equal to `transformers`' apply_chat_template(messages, add_generation_prompt=True). Raises ValueError when the
+        template refuses the messages (some know no system role).
+        """
+        try:
+            return self._ids(self._render(messages, add_generation_prompt=True))
+        except jinja2.TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise ValueError(f"{self.folder}: the chat template refuses messages of roles {roles} ({error}); "
+                             "use a model whose template takes them, or edit the template") from error
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes that one id stands for (b"" for an id that no token has); they concatenate to the text."""
+        if id not in self._bytes:
+            token = self._backend.id_to_token(id) or ""
+            if id in self._added:
+                self._bytes[id] = self._added[id].encode()
+            elif self._byte_level and self._byte_of_char.keys() >= set(token):
+                self._bytes[id] = bytes(self._byte_of_char[char] for char in token)
+            elif len(token) == 6 and token.startswith("<0x"):
+                self._bytes[id] = bytes([int(token[3:5], 16)])
+            else:
+                self._bytes[id] = token.replace("▁", " ").encode()
+        return self._bytes[id]
+
+    def _ids(self, text: str) -> list[int]:
+        return self._backend.encode(text, add_special_tokens=False).ids  # the template writes bos itself
+
+    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        return self._template.render(messages=messages, tools=None, documents=None,
+                                     add_generation_prompt=add_generation_prompt, **self._special)
+
+    def _end_of_turn(self) -> int | None:
+        """The added token that the template puts right after an assistant message, None when it puts none there."""
+        said = "S2R-reply"
+        try:
+            text = self._render([{"role": "user", "content": "a"}, {"role": "assistant", "content": said}], False)
+        except jinja2.TemplateError:
+            return None
+        after = self._ids(text.rpartition(said)[2].lstrip())
+        return after[0] if after and after[0] in self._added else None

@@ -1,0 +1,143 @@
+r"""The grammar of a response: a sequence of solve and verify actions (paper §2.1).
+
+    response   = solve, { verify, solve }, [ verify ], <end>          what the policy is to learn
+    solve      = [ "Let me try again. " ], attempt with \boxed{…}     the opening on every solve but the first
+    verify     = "Wait, let me recheck my solution. ", check, " ", verdict
+    verdict    = "Therefore, the answer is correct."     -> <end> follows
+               | "Therefore, the answer is incorrect."   -> a solve follows
+               | "Therefore, the answer cannot be verified."
+
+    So 3+4=\boxed{8}.⏎⏎|Wait, let me recheck … is incorrect.⏎⏎|Let me try again. \boxed{7}.⏎⏎|Wait, … is correct.<end>
+    └───── solve ─────┘└────────────── verify ────────────────┘└────────── solve ───────────┘└────── verify ───────┘
+
+`render` and `encode` write it (training data), `parse` reads it back from ids (rollouts). A model writes what it likes,
+so `parse` takes any ids: it cuts at markers that open a line, never raises, and its actions always tile the ids.
+"""
+
+import re
+from bisect import bisect_right
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+from s2r.grade import equivalent, extract_answer
+from s2r.tokenizer import Tokenizer
+
+SYSTEM_PROMPT = r"Please reason step by step, and put your final answer within \boxed{}."
+VERIFY_OPENING = "Wait, let me recheck my solution."
+RETRY_OPENING = "Let me try again."
+VERDICT_SENTENCE = {
+    "correct": "Therefore, the answer is correct.",
+    "incorrect": "Therefore, the answer is incorrect.",
+    "unverified": "Therefore, the answer cannot be verified.",
+}
+
+# In bytes, because tokens are bytes: one may hold half a character. MULTILINE ^ is the start, or after a newline.
+_MARKER = re.compile(rb"^(?:(%b)|%b)" % (re.escape(VERIFY_OPENING).encode(), re.escape(RETRY_OPENING).encode()),
+                     re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Action:
+    """One attempt or check of a response, with its half-open span `[start, end)` of the rollout's ids."""
+
+    kind: str  # "solve" | "verify"
+    start: int
+    end: int
+    text: str  # of the span, opening and trailing blank line included, stop token left out
+    answer: str | None = None  # solve: content of the last \boxed, None when there is none
+    verdict: str | None = None  # verify: Parser(v), "correct" | "incorrect", None when unreadable or unverified
+    correct: bool | None = None  # solve: V_golden(s), None until judged
+
+
+def cut(text: bytes) -> list[tuple[int, str]]:
+    """First byte and kind of each action of a response; the first action begins at byte 0.
+
+    What comes before the first marker is a solve, unless it is only white space, which then goes to the first action.
+    """
+    cuts = [(match.start(), "verify" if match[1] else "solve") for match in _MARKER.finditer(text)]
+    if not cuts or text[:cuts[0][0]].strip():
+        return [(0, "solve"), *cuts]
+    return [(0, cuts[0][1]), *cuts[1:]]
+
+
+def parse(ids: list[int], tokenizer: Tokenizer) -> list[Action]:
+    """Actions of a response, in order; their spans are disjoint, not empty, and cover every id. No ids, no actions.
+
+    An action begins at the token that holds the first byte of its marker, so the blank line before a marker belongs to
+    the action before it. A stop token counts as no text.
+    """
+    if not ids:
+        return []
+    pieces = [b"" if id in tokenizer.stop_ids else tokenizer.token_bytes(id) for id in ids]
+    offsets = list(accumulate(map(len, pieces[:-1]), initial=0))  # first byte of each token
+    kinds: dict[int, str] = {}  # first token of an action -> its kind
+    for byte, kind in cut(b"".join(pieces)):
+        token = bisect_right(offsets, byte) - 1 if byte else 0
+        kinds.setdefault(token, kind)  # one token, one action
+
+    starts = list(kinds)
+    actions = []
+    for start, end in zip(starts, starts[1:] + [len(ids)]):
+        text = b"".join(pieces[start:end]).decode("utf-8", errors="replace")
+        if kinds[start] == "solve":
+            actions.append(Action("solve", start, end, text, answer=extract_answer(text)))
+        else:
+            actions.append(Action("verify", start, end, text, verdict=parse_verdict(text)))
+    return actions
+
+
+def parse_verdict(text: str) -> str | None:
+    """Parser(v) of the paper: what the last sentence of a verification says, None unless it is exactly a verdict.
+
+    Only the last sentence counts, whatever came before it. "Cannot be verified" is None too: it claims neither.
+    """
+    text = text.rstrip()
+    for verdict in ("correct", "incorrect"):
+        if text.endswith(VERDICT_SENTENCE[verdict]):
+            head = text.removesuffix(VERDICT_SENTENCE[verdict])
+            before = head.rstrip()
+            gap = head[len(before):]
+            # "If I am right, Therefore, the …" is another sentence: it has to open a line or follow an end mark.
+            opens = not before or "\n" in gap or (gap and not before[-1].isalnum() and before[-1] not in ",;")
+            return verdict if opens else None
+    return None
+
+
+def judge(actions: list[Action], gold: str) -> list[Action]:
+    """The same actions with V_golden(s) filled in: `correct` of each solve, by its boxed answer against `gold`."""
+    return [replace(action, correct=equivalent(action.answer, gold)) if action.kind == "solve" else action
+            for action in actions]
+
+
+def render(steps: list[dict]) -> list[str]:
+    """Text of each step `{"kind", "text", …}`; joined, they are the response without its stop token.
+
+    A text that lacks its opening gets it (the first solve has none); all but the last end in a blank line. Raises
+    ValueError for a text that `parse` would not read back as that one action.
+    """
+    texts = []
+    for i, step in enumerate(steps):
+        text = step["text"].strip()
+        opening = VERIFY_OPENING if step["kind"] == "verify" else RETRY_OPENING if i > 0 else ""
+        if not text.startswith(opening):
+            text = f"{opening} {text}".strip()
+        if not text or cut(text.encode()) != [(0, step["kind"])]:
+            raise ValueError(f"step {i + 1} ({step['kind']}) is empty or holds a line that opens another action with "
+                             f"{VERIFY_OPENING!r} or {RETRY_OPENING!r}; reword it or drop the trajectory")
+        texts.append(text + "\n\n" if i < len(steps) - 1 else text)
+    return texts
+
+
+def encode(steps: list[dict], tokenizer: Tokenizer) -> tuple[list[int], list[Action]]:
+    """Ids of the rendered steps with the end-of-turn id after the last, and the actions that `parse` finds in them.
+
+    The text is encoded as a whole, so that the model sees the tokens that running text has. Raises ValueError as
+    `render` does.
+    """
+    ids = [*tokenizer.encode("".join(render(steps))), tokenizer.end_id]
+    return ids, parse(ids, tokenizer)
+
+
+def prompt(problem: str, tokenizer: Tokenizer) -> list[int]:
+    """Prompt ids of one problem: SYSTEM_PROMPT and the problem in the model's own chat template."""
+    return tokenizer.chat([{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": problem}])

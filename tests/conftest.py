@@ -1,0 +1,9 @@
+"""Settings for every test: the repository on the path, and s2r imported before torch (it settles thread waiting)."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import s2r  # noqa: E402, F401

@@ -1,0 +1,201 @@
+"""Problem and trajectory files: the three formats, and one line naming file and row for every kind of bad one."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from s2r.data import Example, Problem, load_problems, load_trajectories, read_jsonl, write_jsonl
+from s2r.trajectory import VERDICT_SENTENCE
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+RIGHT, WRONG = VERDICT_SENTENCE["correct"], VERDICT_SENTENCE["incorrect"]
+
+
+def write(folder: Path, *rows: dict | str) -> Path:
+    path = folder / "file.jsonl"
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+# --- rows ---
+
+
+def test_jsonl_round_trip(tmp_path):
+    rows = [{"text": "a\nb\u2028é🙂", "ids": [1, 2], "none": None}, {}]
+    write_jsonl(tmp_path / "rows.jsonl", iter(rows))
+    assert read_jsonl(tmp_path / "rows.jsonl") == rows
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_write_jsonl_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, [{"a": 1}])
+    with pytest.raises(TypeError):
+        write_jsonl(path, [{"a": 2}, {"a": object()}])
+    assert read_jsonl(path) == [{"a": 1}]
+
+
+def test_read_jsonl_takes_blank_lines_windows_ends_and_bom(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\r\n  \n{"b": "\\ud83d\\ude42"}')
+    assert read_jsonl(path) == [{"a": 1}, {"b": "🙂"}]
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"", "no rows; the file is empty"),
+    (b"\n \n", "no rows; the file is empty"),
+    (b'{"a": 1}\n{"a": \n', "row 2: not JSON .*one object per line"),
+    (b'{"a": "\xff"}', "row 1: not JSON"),
+    (b'{"a": "\\ud83d"}', "row 1: not JSON .*surrogates"),
+    (b"[" * 100_000, "row 1: not JSON"),
+    (b"[1]", "row 1: a list, not an object"),
+])
+def test_read_jsonl_names_the_bad_row(tmp_path, content, words):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=words) as caught:
+        read_jsonl(path)
+    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("load", [read_jsonl, load_problems, load_trajectories])
+def test_missing_file_says_what_to_give(tmp_path, load):
+    for path in (tmp_path / "absent.jsonl", tmp_path):
+        with pytest.raises(FileNotFoundError, match="no such file; give a JSON-lines file"):
+            load(path)
+
+
+# --- problems ---
+
+
+def test_load_problems_reads_our_format(tmp_path):
+    path = write(tmp_path, {"problem": "1+1?", "answer": "2", "unique_id": "a", "level": 3, "subject": "S",
+                            "solution": "s"}, {"problem": "2+2?", "answer": 4})
+    assert load_problems(path) == [Problem("1+1?", "2", "a", 3, "S", "s"), Problem("2+2?", "4", "file/1")]
+    assert len(load_problems(path, limit=1)) == 1 and len(load_problems(path, limit=9)) == 2
+
+
+def test_load_problems_reads_gsm8k_as_published(tmp_path):
+    path = write(tmp_path, {"question": "How many?", "answer": "500 * 2 = <<500*2=1000>>1000.\n#### 1,000"})
+    assert load_problems(path) == [
+        Problem("How many?", "1,000", "file/0", solution="500 * 2 = <<500*2=1000>>1000.\n#### 1,000")]
+
+
+def test_load_problems_reads_math_as_published(tmp_path):
+    row = {"problem": "x?", "level": "Level 4", "type": "Algebra", "solution": r"\boxed{1}, so \boxed{\frac{1}{2}}."}
+    path = write(tmp_path, row, row | {"level": "Level ?"})
+    first, second = load_problems(path)
+    assert first == Problem("x?", r"\frac{1}{2}", "file/0", 4, "Algebra", row["solution"])
+    assert second.level is None
+
+
+@pytest.mark.parametrize("row, words", [
+    ({"answer": "2"}, 'no "problem" .*keys are answer; add it'),
+    ({}, "keys are none"),
+    ({"problem": "  ", "answer": "2"}, 'no "problem"'),
+    ({"problem": "p"}, '"answer" is empty or missing'),
+    ({"problem": "p", "answer": " "}, '"answer" is empty or missing'),
+    ({"problem": "p", "answer": None}, '"answer" is empty or missing'),
+    ({"problem": "p", "answer": True}, '"answer" is empty or missing'),
+    ({"question": "p", "answer": "so ####  "}, '"answer" is empty or missing'),
+    ({"problem": "p", "solution": "no box"}, '"answer" is empty or missing'),
+    ({"problem": "p", "answer": "2", "level": [3]}, '"level" is .3.; write a whole number'),
+    ({"problem": "p", "answer": "2", "unique_id": "a"}, "unique_id 'a' is that of row 1 already"),
+])
+def test_load_problems_names_the_bad_row(tmp_path, row, words):
+    path = write(tmp_path, {"problem": "p", "answer": "2", "unique_id": "a"}, row)
+    with pytest.raises(ValueError, match=f"file.jsonl: row 2: .*{words}"):
+        load_problems(path)
+    assert len(load_problems(path, limit=1)) == 1
+
+
+def test_load_problems_refuses_a_gold_that_cannot_be_graded(tmp_path, monkeypatch):
+    monkeypatch.setattr("s2r.data.parsable", lambda answer: answer != "???")
+    with pytest.raises(ValueError, match=r"row 1: gold answer '\?\?\?' cannot be parsed; correct it"):
+        load_problems(write(tmp_path, {"problem": "p", "answer": "???"}))
+
+
+def test_load_problems_lists_all_bad_rows(tmp_path):
+    good, bad = {"problem": "p", "answer": "2"}, {"problem": "p", "answer": None}
+    with pytest.raises(ValueError, match=r"row 2: .*rows that fail: 2, 4\)"):
+        load_problems(write(tmp_path, good, bad, good, bad))
+
+
+def test_load_problems_refuses_a_negative_limit(tmp_path):
+    with pytest.raises(ValueError, match="limit -1"):
+        load_problems(write(tmp_path, {"problem": "p", "answer": "2"}), limit=-1)
+
+
+@pytest.mark.parametrize("name, count, bad", [
+    ("math500", 500, []), ("gsm8k_test", 1319, []), ("aime24", 30, []), ("amc23", 40, []),
+    ("gaokao2023en", 385, [168, 193]), ("math_train", 12000, [5342, 5344]),
+])
+def test_load_problems_reads_the_public_sets(name, count, bad):
+    """Every row loads but the few whose published answer is empty."""
+    path = SHARED / f"{name}.jsonl"
+    if not path.exists():
+        pytest.skip(f"shared/data/{name}.jsonl is not beside the repository")
+    rows = [row for number, row in enumerate(read_jsonl(path), start=1) if number not in bad]
+    problems = load_problems(path)
+    assert len(problems) == count - len(bad)
+    assert [(p.problem, p.answer, p.unique_id, p.level) for p in problems] == [
+        (row["problem"], row["answer"], row["unique_id"], row.get("level")) for row in rows]
+
+
+# --- trajectories ---
+
+
+def solve(correct: bool, text: str = r"\boxed{2}") -> dict:
+    return {"kind": "solve", "text": text, "correct": correct}
+
+
+def verify(verdict: str, text: str | None = None) -> dict:
+    return {"kind": "verify", "text": text or f"Check. {VERDICT_SENTENCE[verdict]}", "verdict": verdict}
+
+
+def example(*steps: dict) -> dict:
+    return {"unique_id": "u", "problem": "p", "answer": "2", "trajectory": list(steps)}
+
+
+def test_load_trajectories_reads_one_and_more_trials(tmp_path):
+    short = [solve(True), verify("correct")]
+    long = [solve(False), verify("incorrect"), solve(False), verify("incorrect"), *short]
+    assert load_trajectories(write(tmp_path, example(*short), example(*long))) == [
+        Example("u", "p", "2", short), Example("u", "p", "2", long)]
+
+
+@pytest.mark.parametrize("row, words", [
+    ({"problem": "p", "answer": "2"}, '"trajectory" is not a list'),
+    ({"problem": "p", "trajectory": [solve(True), verify("correct")]}, '"answer" is empty or missing'),
+    (example(), '"trajectory" is not a list of pairs'),
+    (example(solve(True)), "not a list of pairs"),
+    (example(verify("correct"), solve(True)), "step 1 is not a solve"),
+    (example(solve(True), solve(True)), "step 2 is not a verify"),
+    (example(solve(True), "verify"), "step 2 is not a verify"),
+    (example({"kind": "solve", "correct": True}, verify("correct")), "step 1 is not a solve with a text"),
+    (example(solve(False), verify("incorrect")), 'step 1 has "correct": False; the last solve is right'),
+    (example(solve(True), verify("correct"), solve(True), verify("correct")), 'step 1 has "correct": True'),
+    (example({"kind": "solve", "text": "x"}, verify("correct")), 'step 1 has "correct": None'),
+    (example(solve(True), verify("incorrect")), "step 2 .*both have to say correct"),
+    (example(solve(False), verify("correct"), solve(True), verify("correct")), "step 2 .*both have to say incorrect"),
+    (example(solve(True), verify("correct", f"x {WRONG}")), "step 2 .*both have to say correct"),
+    (example(solve(True), verify("correct", f"{RIGHT} Or not?")), "step 2 .*both have to say correct"),
+    (example(solve(True, "x\nLet me try again. y"), verify("correct")), "step 1 .solve. is empty or holds a line"),
+    (example(solve(True, " "), verify("correct")), "step 1 .solve. is empty"),
+])
+def test_load_trajectories_names_the_bad_row(tmp_path, row, words):
+    path = write(tmp_path, example(solve(True), verify("correct")), row)
+    with pytest.raises(ValueError, match=f"file.jsonl: row 2: .*{words}"):
+        load_trajectories(path)
+
+
+def test_load_problems_leaves_out_empty_answers(tmp_path, capsys):
+    path = tmp_path / "some.jsonl"
+    path.write_text('{"problem": "a", "answer": ""}\n{"problem": "b", "answer": "2"}\n')
+    assert [p.problem for p in load_problems(path)] == ["b"]
+    assert "left out: 1" in capsys.readouterr().err
+    path.write_text('{"problem": "a", "answer": ""}\n')
+    with pytest.raises(ValueError, match="no row with an answer"):
+        load_problems(path)

@@ -1,0 +1,119 @@
+"""Metrics: a table worked out by hand, and the identity of METHOD's accuracies over random responses."""
+
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from s2r.data import Problem
+from s2r.metrics import summarize, table
+from s2r.trajectory import Action
+
+
+@dataclass
+class Response:
+    actions: list[Action]
+    ids: list[int] = field(default_factory=list)
+    finished: bool = True
+    level: int | None = None
+
+    @property
+    def problem(self) -> Problem:
+        return Problem("p", "1", "id", level=self.level)
+
+
+def response(code: str, **others) -> Response:
+    """Solves `+` right, `-` wrong, `0` wrong for want of an answer; verifies `c`, `i`, `?` for Parser(v)."""
+    actions = []
+    for i, letter in enumerate(code):
+        if letter in "+-0":
+            answer = None if letter == "0" else "1"
+            actions.append(Action("solve", i, i + 1, "", answer=answer, correct=letter == "+"))
+        else:
+            verdict = {"c": "correct", "i": "incorrect", "?": None}[letter]
+            actions.append(Action("verify", i, i + 1, "", verdict=verdict))
+    return Response(actions, **others)
+
+
+def test_summarize_by_hand():
+    metrics = summarize([
+        response("+c", level=1, ids=[1, 2]),  # right at once
+        response("-i+c", level=5, ids=[1, 2, 3, 4]),  # corrected
+        response("-c", level=5, ids=[1]),  # wrong and not noticed
+        response("+i-?", level=5, ids=[1] * 9, finished=False),  # right, spoilt by its check
+        response("-i0", ids=[1, 2]),  # tried again in vain
+    ])
+    assert metrics == {
+        "accuracy": 2 / 5,
+        "first_accuracy": 2 / 5,
+        "trials": 8 / 5,
+        "va": 4 / 7,  # of c, i, c, c, i, ?, i: all but c after -, i after +, ? after -
+        "er": 2 / 4,  # after wrong solves: i, c, ?, i
+        "cp": 2 / 3,
+        "icr": 1 / 3,
+        "cir": 1 / 2,
+        "by_level": {"1": {"accuracy": 1.0, "trials": 1.0, "responses": 1},
+                     "5": {"accuracy": 1 / 3, "trials": 5 / 3, "responses": 3}},
+        "finished": 4 / 5,
+        "tokens": 18 / 5,
+        "no_answer": 1 / 5,
+        "no_verdict": 1 / 7,
+        "responses": 5,
+    }
+
+
+def test_summarize_without_solve_is_wrong_with_no_trials():
+    metrics = summarize([response("i"), response("c"), response("")])
+    assert (metrics["accuracy"], metrics["first_accuracy"], metrics["trials"]) == (0, 0, 0)
+    assert (metrics["va"], metrics["er"], metrics["cp"]) == (0, None, None)  # nothing to be right about
+    assert metrics["icr"] == 0 and metrics["no_answer"] == 1
+
+
+def test_summarize_holds_two_verifies_against_the_same_solve():
+    metrics = summarize([response("-+cic")])
+    assert metrics["va"] == 2 / 3 and metrics["cp"] == 1 and metrics["er"] is None
+
+
+def test_summarize_shares_of_nothing_are_none():
+    metrics = summarize([])
+    assert metrics.pop("by_level") == {} and metrics.pop("responses") == 0
+    assert set(metrics.values()) == {None}
+    metrics = summarize([response("+")])
+    assert [metrics[name] for name in ("va", "er", "cp", "icr", "no_verdict")] == [None] * 5
+    assert metrics["cir"] == 0
+
+
+def test_summarize_wants_judged_actions():
+    with pytest.raises(AssertionError, match="judge"):
+        summarize([Response([Action("solve", 0, 1, "")])])
+
+
+@given(st.lists(st.text(alphabet="+-0ci?", max_size=6), min_size=1, max_size=12))
+def test_accuracy_identity(codes):
+    metrics = summarize([response(code) for code in codes])
+    first, icr, cir = (metrics[name] or 0 for name in ("first_accuracy", "icr", "cir"))
+    assert metrics["accuracy"] == pytest.approx(first * (1 - cir) + (1 - first) * icr)
+
+
+@given(st.lists(st.tuples(st.text(alphabet="+-0ci?", max_size=6), st.integers(1, 5)), min_size=1, max_size=12))
+def test_levels_average_to_the_whole(rows):
+    metrics = summarize([response(code, level=level) for code, level in rows])
+    for name in ("accuracy", "trials"):
+        total = sum(at[name] * at["responses"] for at in metrics["by_level"].values())
+        assert metrics[name] == pytest.approx(total / metrics["responses"])
+
+
+def test_table_lines_up_and_marks_the_undefined():
+    before = summarize([response("+", level=2, ids=[1] * 12)])
+    after = summarize([response("-i+c", level=2), response("-", level=4)])
+    assert table({"base": before, "after SFT": after}) == "\n".join([
+        "           accuracy  first_accuracy  trials     va     er     cp   icr  cir  finished  tokens",
+        "base          100.0           100.0    1.00      –      –      –     –  0.0     100.0      12",
+        "after SFT      50.0             0.0    1.50  100.0  100.0  100.0  50.0    –     100.0       0",
+        "",
+        "accuracy / trials       level 2     level 4",
+        "base               100.0 / 1.00       – / –",
+        "after SFT          100.0 / 2.00  0.0 / 1.00",
+    ])
+    assert "level" not in table({"a": summarize([response("+")])})
