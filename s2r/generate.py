@@ -174,9 +174,12 @@ def sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float) -> t
     logits (S, V); uniform (S, 1) fp32 in [0, 1). Returns token (S,) int64 and its log-probability (S,) fp32, in nats,
     at that temperature (at 1 for the argmax).
     """
-    z = logits.float() / (temperature or 1.0)  # (S, V)
-    z -= z.amax(dim=1, keepdim=True)
-    mass = z.exp().cumsum(dim=1)
+    z = logits.float()  # (S, V)
+    z = (z - z.amax(dim=1, keepdim=True)).div_(temperature or 1.0)
+    mass = z.exp().cumsum_(dim=1)
     total = mass[:, -1:]
-    token = torch.searchsorted(mass, uniform * total, right=True).clamp_(max=z.shape[1] - 1) if temperature else z.argmax(1, True)
+    if temperature == 0:
+        token = z.argmax(dim=1, keepdim=True)
+    else:
+        token = torch.searchsorted(mass, uniform * total, right=True).clamp_(max=z.shape[1] - 1)
     return token[:, 0], (z.gather(1, token) - total.log())[:, 0]

@@ -182,13 +182,13 @@ def inverse_frequencies(config: ModelConfig) -> torch.Tensor:
 class Cache:
     """Keys and values of up to S rows, C tokens each, and how many tokens each row holds.
 
-    k, v (L, S, C, G, E); lengths (S,) int64. Rows are filled by the sampler.
+    k, v (L, S, C, G, E), the tokens of one head next to each other in memory; lengths (S,) int64. The sampler fills it.
     """
 
     def __init__(self, config: ModelConfig, rows: int, capacity: int, dtype: torch.dtype, device: torch.device):
-        shape = (config.num_layers, rows, capacity, config.num_kv_heads, config.head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)  # zeros: a masked NaN would still poison a sum
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        shape = (config.num_layers, rows, config.num_kv_heads, capacity, config.head_dim)
+        # Zeros, because what lies beyond a row's length is masked, and a masked NaN would still poison a sum.
+        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device).transpose(2, 3) for _ in "kv")
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
 
 
