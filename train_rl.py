@@ -11,7 +11,7 @@ take several clipped policy-gradient updates on them.
 # Before torch: s2r settles how torch's threads wait.
 import s2r  # isort: skip  # noqa: F401
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -29,7 +29,7 @@ from s2r.rollouts import Trajectory, roll_out, show
 class Config:
     model: str = toy.SFT  # Hugging Face folder to start from: the SFT model, also π_ref
     data: str = toy.TRAIN  # problem file, JSONL
-    out: str = toy.RL  # run folder to write
+    out: str = ""  # run folder to write [in the toy world: runs/toy/rl-LEVEL]
     level: Literal["outcome", "process"] = "outcome"  # what has a reward: the trajectory or each action
     problems: int = 32  # N, problems per step (paper: 64)
     rollouts: int = 4  # M, rollouts per problem (paper: 4)
@@ -56,6 +56,7 @@ class Config:
 
 
 def main(cfg: Config) -> None:
+    cfg = replace(cfg, out=cfg.out or f"{toy.RUNS}/rl-{cfg.level}")
     toy.ensure(cfg.data)
     problems = load_problems(cfg.data)
     held_out = load_problems(cfg.eval_data) if cfg.eval_every else []

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import attention, decode_attention
 from kernels.linear import linear, prepack
+from s2r.folder import read_json
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 SHARD_BYTES = 5 * 10**9  # size at which `save_pretrained` starts the next file
@@ -59,7 +60,7 @@ class ModelConfig:
         path = Path(folder) / "config.json"
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; --model wants a Hugging Face model folder")
-        hf = json.loads(path.read_text())
+        hf = read_json(path)
         family = hf.get("model_type")
         rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
@@ -74,6 +75,12 @@ class ModelConfig:
         ):
             if found not in known:
                 raise ValueError(f"{path}: {what} {found!r} is not supported; known: {', '.join(map(str, known))}")
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")
+        scaling = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        absent = [name for name in sizes if name not in hf]
+        absent += [name for name in scaling if rope_type == "llama3" and name not in rope]
+        if absent:
+            raise ValueError(f"{path}: no {', '.join(absent)}; fetch the file again")
         max_positions = hf.get("max_position_embeddings", 2048)
         if family == "mistral" and hf.get("sliding_window"):
             max_positions = min(max_positions, hf["sliding_window"])  # up to there the window changes nothing
@@ -368,23 +375,22 @@ class Transformer(nn.Module):
         if self.config.hf is None:
             raise ValueError("save_pretrained needs ModelConfig.hf, the config.json to write")
         folder.mkdir(parents=True, exist_ok=True)
-        shards, size = [{}], 0
-        for name, view in self.hf_weights().items():
-            weight = view.to("cpu", dtype).contiguous()
-            size += weight.nbytes
+        views, shards, size = self.hf_weights(), [[]], 0
+        for name, view in views.items():
+            size += view.numel() * dtype.itemsize
             if size > SHARD_BYTES and shards[-1]:
-                shards.append({})
-                size = weight.nbytes
-            shards[-1][name] = weight.clone() if weight.data_ptr() == view.data_ptr() else weight
-        names = ["model.safetensors"]
+                shards.append([])
+                size = view.numel() * dtype.itemsize
+            shards[-1].append(name)
+        files = ["model.safetensors"]
         if len(shards) > 1:
-            names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-            index = {weight: name for name, shard in zip(names, shards) for weight in shard}
-            total = sum(weight.nbytes for shard in shards for weight in shard.values())
+            files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+            index = {name: file for file, shard in zip(files, shards) for name in shard}
+            total = sum(view.numel() * dtype.itemsize for view in views.values())
             text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
             (folder / "model.safetensors.index.json").write_text(text)
-        for name, shard in zip(names, shards):
-            save_file(shard, folder / name, metadata={"format": "pt"})
+        for file, shard in zip(files, shards):  # one shard in memory at a time; copies, because views share storage
+            save_file({n: views[n].to("cpu", dtype, copy=True).contiguous() for n in shard}, folder / file, {"format": "pt"})
         hf = {k: v for k, v in self.config.hf.items() if k not in ("torch_dtype", "dtype")}
         hf["torch_dtype"] = str(dtype).removeprefix("torch.")
         (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
@@ -404,7 +410,9 @@ def _shards(folder: Path) -> list[Path]:
         return [single]
     if not index.is_file():
         raise FileNotFoundError(f"{folder}: neither model.safetensors nor model.safetensors.index.json")
-    shards = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    shards = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+    if not shards:
+        raise ValueError(f"{index}: names no shard; fetch the file again")
     for shard in shards:
         if not shard.is_file():
             raise FileNotFoundError(f"{shard}: missing, though {index.name} names it; fetch the folder again")

@@ -21,6 +21,8 @@ import jinja2.ext
 import jinja2.sandbox
 import tokenizers
 
+from s2r.folder import read_json
+
 
 class _Generation(jinja2.ext.Extension):
     """Reads `{% generation %} … {% endgeneration %}`, which some templates put around assistant text, as its body."""
@@ -58,14 +60,9 @@ def _byte_of_char() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
 
 
-def _read_json(path: Path) -> dict:
-    """Content of an optional JSON file of the folder, {} when it is absent; ValueError when it is not JSON."""
-    if not path.exists():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); download the file again") from error
+def _optional(path: Path) -> dict:
+    """Content of a JSON file of the folder, {} when there is none."""
+    return read_json(path) if path.exists() else {}
 
 
 class Tokenizer:
@@ -115,7 +112,7 @@ class Tokenizer:
         backend.no_truncation()  # tokenizer.json may ask for either
         backend.no_padding()
 
-        config = _read_json(folder / "tokenizer_config.json")
+        config = _optional(folder / "tokenizer_config.json")
         special = {}
         for name, token in config.items():
             token = token.get("content") if isinstance(token, dict) else token
@@ -123,7 +120,7 @@ class Tokenizer:
                 special[name] = token
         eos_ids: set[int] = set()
         for name in ("generation_config.json", "config.json"):
-            found = _read_json(folder / name).get("eos_token_id")
+            found = _optional(folder / name).get("eos_token_id")
             eos_ids.update(found if isinstance(found, list) else [] if found is None else [found])
 
         template = config.get("chat_template")

@@ -45,7 +45,7 @@ def side_by_side(name: str, ours: Callable[[], int], theirs: Callable[[], int], 
             speeds.append(row)
     a, b = (statistics.median(column) for column in zip(*speeds))
     ratio = statistics.median(x / y for x, y in speeds)
-    print(f"{name:34} ours {a:8.1f}   theirs {b:8.1f} {unit}   ratio {ratio:.2f}", flush=True)
+    print(f"{name:40} ours {a:8.1f}   theirs {b:8.1f} {unit}   ratio {ratio:.2f}", flush=True)
 
 
 def hf_generate(hf, prompts: list[list[int]], stop_ids: list[int], new: int, n: int, fixed: bool) -> int:
@@ -80,15 +80,15 @@ def sampling(folder: str, data: str) -> None:
             )
             return sum(len(r.ids) for r in rollouts)
 
-        for batch in (1, 8, 32):
-            some = prompts[:batch]
+        for many, n in ((1, 1), (1, 8), (1, 32), (32, 1)):
+            some = prompts[:many]
             side_by_side(
-                f"sample {name}, batch {batch}, 64 new",
-                lambda: run(some, [], 64, 1),
-                lambda: hf_generate(theirs, some, stops, 64, 1, fixed=True),
+                f"sample {name}, {many:2} problems x {n:2}, 64 new",
+                lambda: run(some, [], 64, n),
+                lambda: hf_generate(theirs, some, stops, 64, n, fixed=True),
             )
         side_by_side(
-            f"sample {name}, RL shape 8 x 4, 128 new",
+            f"sample {name},  8 problems x  4, <= 128 new",
             lambda: run(prompts[:8], stops, 128, 4),
             lambda: hf_generate(theirs, prompts[:8], stops, 128, 4, fixed=False),
         )

@@ -285,7 +285,7 @@ def break_json(folder):
 @pytest.mark.parametrize("damage, error, words", [
     (lambda f: (f / "tokenizer.json").unlink(), FileNotFoundError, "tokenizer.json: not found; point at"),
     (break_json, ValueError, "tokenizer.json: not a tokenizer.json .*download"),
-    (lambda f: (f / "config.json").write_text("{"), ValueError, "config.json: not JSON .*download"),
+    (lambda f: (f / "config.json").write_text("{"), ValueError, "config.json: not JSON .*fetch"),
     (lambda f: edit(f, "tokenizer_config.json", chat_template=None), ValueError, "no chat template .*instruct"),
     (lambda f: (f / "tokenizer_config.json").unlink(), ValueError, "no chat template .*instruct"),
     (lambda f: edit(f, "tokenizer_config.json", chat_template=[{"name": "rag", "template": "x"}]), ValueError,
