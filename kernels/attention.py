@@ -25,10 +25,11 @@ def attention_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlen
     group = q.shape[1] // k.shape[1]
     # One copy of k and v per query head here, because SDPA on the CPU is slower when it does the same itself.
     q, k, v = q.transpose(0, 1), *(x.repeat_interleave(group, dim=1).transpose(0, 1) for x in (k, v))  # (H, T, E)
-    borders = cu_seqlens.tolist()
-    spans = [slice(a, b) for a, b in zip(borders, borders[1:])]
-    out = [F.scaled_dot_product_attention(q[None, :, s], k[None, :, s], v[None, :, s], is_causal=True) for s in spans]
-    return torch.cat(out, dim=2)[0].transpose(0, 1)  # (T, H, E)
+    lengths = cu_seqlens.diff().tolist()
+    # split, not slices: its backward is one concatenation, that of a slice a whole (H, T, E) of zeros per sequence.
+    parts = zip(*(x.split(lengths, dim=1) for x in (q, k, v)))
+    out = [F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True)[0] for q, k, v in parts]
+    return torch.cat(out, dim=1).transpose(0, 1)  # (T, H, E)
 
 
 def decode_attention(
