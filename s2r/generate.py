@@ -53,9 +53,15 @@ def generate(
     `problems` names each prompt in the random stream (default: its index), so that a share of the prompts, on another
     rank say, draws what the whole would. `slots` rows are decoded at a time, `prefill_tokens` tokens of prompts run
     through the model at a time: both change memory and speed alone. Returns the rollouts in order: prompt 0 sample 0, prompt 0 sample 1, …
-    Raises ValueError for an empty prompt or one that leaves no room in the model's context.
+    Raises ValueError for an empty prompt or one that leaves no room in the model's context, and for settings that make
+    no sense.
     """
     assert model.embed.dtype == model.dtype, "sample from a copy in the compute dtype, not from master weights"
+    if max_new_tokens < 1 or temperature < 0 or slots < 1 or n < 1:
+        raise ValueError(
+            f"max_new_tokens {max_new_tokens}, temperature {temperature}, slots {slots}, n {n}: the temperature is at "
+            "least 0, the others at least 1"
+        )
     context = model.config.max_positions
     for i, prompt in enumerate(prompts):
         if not 0 < len(prompt) < context:

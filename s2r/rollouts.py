@@ -103,12 +103,16 @@ def roll_out(
 
 
 def show(trajectory: Trajectory) -> str:
-    """A trajectory for the terminal: each action under a line with its kind, what was read from it and its reward."""
+    """A trajectory for the terminal: each action under a line with its kind, what was read from it and its reward.
+
+    Without a gold answer there is nothing to reward, and no reward is shown.
+    """
+    gold = trajectory.problem.answer
     lines = [f"── problem {trajectory.problem.unique_id}: {trajectory.problem.problem}"]
     for action, reward in zip(trajectory.actions, rl.process_rewards(trajectory.actions, trajectory.finished)):
         read = f"answer {action.answer}" if action.kind == "solve" else f"verdict {action.verdict}"
-        lines += [f"── {action.kind}: {read}, reward {reward:+.0f}", action.text.strip()]
-    end = "stopped by itself" if trajectory.finished else "cut off by the length limit"
+        lines += [f"── {action.kind}: {read}" + (f", reward {reward:+.0f}" if gold else ""), action.text.strip()]
+    end = "── stopped by itself" if trajectory.finished else "── cut off by the length limit"
     reward = rl.outcome_reward(trajectory.actions)
-    lines.append(f"── {end}; gold answer {trajectory.problem.answer}, outcome reward {reward:+.0f}")
+    lines.append(end + (f"; gold answer {gold}, outcome reward {reward:+.0f}" if gold else ""))
     return "\n".join(lines)
