@@ -18,6 +18,7 @@ from typing import Literal
 
 from s2r import runtime, toy
 from s2r.data import Problem, load_problems, write_jsonl
+from s2r.grade import parsable
 from s2r.metrics import summarize, table
 from s2r.rollouts import roll_out, show
 
@@ -43,8 +44,16 @@ class Config:
 
 
 def main(cfg: Config) -> None:
-    toy.ensure(cfg.data)
-    problems = [Problem(cfg.ask, cfg.answer, "asked")] if cfg.ask else load_problems(cfg.data, cfg.limit)
+    runtime.positive(cfg, "n", "max_new_tokens", "slots")
+    if not cfg.temperature >= 0:
+        raise ValueError(f"--temperature {cfg.temperature}: give 0 or more")
+    if cfg.answer and not parsable(cfg.answer):
+        raise ValueError(f"--answer {cfg.answer}: cannot be parsed, so nothing can be graded against it")
+    if cfg.ask:
+        problems = [Problem(cfg.ask, cfg.answer, "asked")]
+    else:
+        toy.ensure(cfg.data)
+        problems = load_problems(cfg.data, cfg.limit)
     for path in filter(None, (cfg.out, cfg.report)):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     device, dtype = runtime.pick(cfg.device, cfg.dtype)

@@ -22,7 +22,7 @@ from s2r.data import load_problems
 from s2r.metrics import summarize, table
 from s2r.model import Transformer
 from s2r.packing import Pack, pack, policy_logp
-from s2r.rollouts import Trajectory, roll_out, show
+from s2r.rollouts import Trajectory, encode_prompts, roll_out, show
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,10 @@ class Config:
 
 
 def main(cfg: Config) -> None:
+    runtime.positive(
+        cfg, "problems", "rollouts", "updates", "temperature", "steps", "max_new_tokens", "save_every", "slots")
+    if bool(cfg.eval_data) != (cfg.eval_every > 0):
+        raise ValueError("--eval-data and --eval-every go together; give both or neither")
     cfg = replace(cfg, out=cfg.out or f"{toy.RUNS}/rl-{cfg.level}")
     toy.ensure(cfg.data)
     problems = load_problems(cfg.data)
@@ -69,6 +73,7 @@ def main(cfg: Config) -> None:
     device, dtype = runtime.pick(cfg.device, cfg.dtype)
     model, tokenizer = runtime.load(cfg.model, device, dtype, train=True)
     model.checkpointing = cfg.checkpointing
+    encode_prompts(problems + held_out, tokenizer, model.config.max_positions)  # better an error now than at their turn
     reference = runtime.load(cfg.model, device, dtype)[0]  # π_ref, fixed
     # Where the weights are fp32 and the compute is not, the sampler has its own copy in the compute dtype.
     sampler = model if model.embed.dtype == dtype else Transformer(model.config, dtype, device)

@@ -46,6 +46,7 @@ class Config:
 
 
 def main(cfg: Config) -> None:
+    runtime.positive(cfg, "epochs", "batch_size", "save_every")
     toy.ensure(cfg.data)
     examples = load_trajectories(cfg.data)
     device, dtype = runtime.pick(cfg.device, cfg.dtype)

@@ -289,7 +289,8 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def copy_from(self, other: "Transformer") -> None:
-        """Take over the weights of a model of the same shape, cast to the dtype of this one's."""
+        """Take over the weights of a model of the same shape, cast to the dtype of this one's, and its vocabulary."""
+        self.vocab_size = other.vocab_size
         for ours, theirs in zip(self.parameters(), other.parameters(), strict=True):
             ours.copy_(theirs)
 

@@ -52,6 +52,18 @@ class Trajectory:
         }
 
 
+def encode_prompts(problems: Sequence[Problem], tokenizer: Tokenizer, context: int) -> list[list[int]]:
+    """Prompt ids of each problem. Raises ValueError, naming the problem, where they leave no room in the context."""
+    prompts = [prompt(problem.problem, tokenizer) for problem in problems]
+    for problem, ids in zip(problems, prompts):
+        if len(ids) >= context:
+            raise ValueError(
+                f"problem {problem.unique_id}: its prompt has {len(ids)} tokens, the model's context {context}; "
+                "drop it from the file"
+            )
+    return prompts
+
+
 def roll_out(
     model: Transformer,
     tokenizer: Tokenizer,
@@ -66,15 +78,9 @@ def roll_out(
 ) -> list[Trajectory]:
     """Sample n responses to each problem and judge them, in the order problem 0 sample 0, problem 0 sample 1, …
 
-    `options` go to `generate`. Raises ValueError, naming the problem, for a prompt that leaves no room in the context.
+    `options` go to `generate`. Raises ValueError as `encode_prompts` does.
     """
-    prompts = [prompt(problem.problem, tokenizer) for problem in problems]
-    for problem, ids in zip(problems, prompts):
-        if len(ids) >= model.config.max_positions:
-            raise ValueError(
-                f"problem {problem.unique_id}: its prompt has {len(ids)} tokens, the model's context "
-                f"{model.config.max_positions}; drop it from the file"
-            )
+    prompts = encode_prompts(problems, tokenizer, model.config.max_positions)
     rollouts = generate(
         model,
         prompts,

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from s2r import toy
 from s2r.model import Transformer
@@ -39,7 +40,8 @@ def parse(config: type, argv: list[str] | None = None):
     """
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config), re.MULTILINE))
     doc = sys.modules[config.__module__].__doc__
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     types = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
         flag, kind = "--" + field.name.replace("_", "-"), types[field.name]
@@ -54,23 +56,40 @@ def parse(config: type, argv: list[str] | None = None):
 
 
 def start(main: Callable, config: type) -> None:
-    """Run a script's `main` on its flags. What we raise about a user's input ends in one line and exit status 2."""
+    """Run a script's `main` on its flags. What we raise about a user's input ends in one line and exit status 2.
+
+    So does what the operating system refuses, which names the file; a ValueError out of a library keeps its traceback.
+    """
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError("more than one process is not supported yet; start the script without torchrun")
         main(parse(config))
     except (ValueError, OSError) as error:
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if ROOT not in raised_in.parents:
+        folder = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent  # exact: .venv may lie in ROOT
+        if isinstance(error, ValueError) and folder not in (ROOT, ROOT / "s2r", ROOT / "kernels"):
             raise  # not our message: the traceback says more
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
+def positive(cfg, *names: str) -> None:
+    """Raises ValueError for the first of these settings that is not above 0."""
+    for name in names:
+        if not getattr(cfg, name) > 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: give a number above 0")
+
+
 def pick(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """Device and compute dtype by name; "auto" is the GPU if there is one, and bf16 there, fp32 on a CPU."""
+    """Device and compute dtype by name; "auto" is the GPU if there is one, and bf16 there, fp32 on a CPU.
+
+    Raises ValueError for a device that is not here.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ValueError(f"--device {device}: not a device; use auto, cpu, cuda or cuda:1")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: torch sees no GPU here; use --device cpu")
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     return torch.device(device), getattr(torch, dtype)
@@ -130,9 +149,13 @@ class Run:
                         "resume with the same settings or take another --out"
                     )
         elif file.exists():
-            raise FileExistsError(f"{self.folder} holds a run already; take another --out, or --resume this one")
+            saved = (self.folder / STATE).is_file()
+            advice = "--resume this one" if saved else "delete this one, which stopped before its first checkpoint"
+            raise FileExistsError(f"{self.folder} holds a run already; take another --out, or {advice}")
+        elif (self.folder / "config.json").exists():
+            raise FileExistsError(f"{self.folder} holds a model, which the run would write over; take another --out")
         self.folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(settings, indent=2) + "\n")
+        _write(file, json.dumps(settings, indent=2) + "\n")
 
     def log(self, row: dict) -> None:
         """One step: a row of log.jsonl and a line on the screen."""
@@ -153,7 +176,7 @@ class Run:
             for file in sorted(scratch.iterdir(), key=lambda file: file.name == STATE):  # the state last
                 os.replace(file, self.folder / file.name)
             scratch.rmdir()
-        except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors on a full disk
             shutil.rmtree(scratch, ignore_errors=True)
             raise OSError(f"{self.folder}: could not save step {step} ({error}); the checkpoint before it is whole") from error
 
@@ -164,8 +187,18 @@ class Run:
         optimizer.load_state_dict(state["optimizer"])
         log = self.folder / "log.jsonl"
         rows = log.read_text().splitlines(keepends=True) if log.exists() else []
-        log.write_text("".join(row for row in rows if json.loads(row)["step"] <= state["step"]))
+        _write(log, "".join(rows[: state["step"]]))  # a row per step; the last one may be torn
         return state["step"]
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file by way of a temporary one, so that a full disk leaves the one before."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(text)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def order(items: int, seed: int, epoch: int) -> list[int]:

@@ -1,0 +1,114 @@
+"""Packing: every sequence once, within the budget; the one next-token shift; the tokens that SFT teaches."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from s2r.model import Transformer
+from s2r.packing import pack, policy_logp, predictors, sft_targets
+from s2r.tokenizer import Tokenizer
+from s2r.trajectory import Action, encode, prompt
+from tiny_model import steps, tiny_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder) -> Tokenizer:
+    return Tokenizer.from_pretrained(folder)
+
+
+def test_pack_hand_table():
+    """The picture of the module docstring: prompts of 3 and 2 tokens, responses of 3 and 4."""
+    (batch,) = pack([[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, 12]], [[3, 4, 5], [2, 3, 4, 5]], 100, "cpu")
+    assert batch.rows == [0, 1]
+    assert batch.ids.tolist() == list(range(1, 13))
+    assert batch.cu_seqlens.tolist() == [0, 6, 12]
+    assert batch.scored.tolist() == [3, 4, 5, 8, 9, 10, 11]
+    assert batch.targets.tolist() == [4, 5, 6, 9, 10, 11, 12]
+    assert {x.dtype for x in (batch.ids, batch.cu_seqlens, batch.scored)} == {torch.int64}
+
+
+def test_pack_oversize_sequence_stands_alone():
+    assert [p.rows for p in pack([[0] * n for n in (3, 3, 9, 3, 5)], [[]] * 5, 8, "cpu")] == [[0, 1], [2], [3, 4]]
+    assert [p.rows for p in pack([[0] * n for n in (9, 9)], [[]] * 2, 8, "cpu")] == [[0], [1]]
+    assert [p.rows for p in pack([[0] * 4] * 4, [[]] * 4, 8, "cpu")] == [[0, 1], [2, 3]]  # to the last token
+    assert pack([], [], 8, "cpu") == []
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=20), st.integers(1, 30), st.randoms(use_true_random=False))
+def test_pack_holds_every_sequence_once_in_order_and_keeps_the_budget(lengths, budget, rng):
+    sequences = [[100 * row + t for t in range(n)] for row, n in enumerate(lengths)]
+    scored = [[t for t in range(1, n) if rng.random() < 0.5] for n in lengths]
+    packs = pack(sequences, scored, budget, "cpu")
+    assert [row for p in packs for row in p.rows] == list(range(len(lengths)))
+    for i, p in enumerate(packs):
+        assert len(p.ids) <= budget or len(p.rows) == 1
+        assert i + 1 == len(packs) or len(p.ids) + lengths[packs[i + 1].rows[0]] > budget  # the next did not fit
+        borders = p.cu_seqlens.tolist()
+        assert [p.ids[a:b].tolist() for a, b in zip(borders, borders[1:])] == [sequences[row] for row in p.rows]
+        assert p.targets.tolist() == [sequences[row][t] for row in p.rows for t in scored[row]]
+
+
+def test_predictors_are_the_hidden_states_of_the_token_before(folder):
+    model = Transformer.from_pretrained(folder)
+    (batch,) = pack([[5, 6, 7, 8], [9, 10, 11]], [[1, 3], [2]], 100, "cpu")
+    with torch.no_grad():
+        hidden = model(batch.ids, batch.cu_seqlens)
+        torch.testing.assert_close(predictors(model, batch), hidden[[0, 2, 5]])
+
+
+def test_policy_logp_matches_log_softmax_sequence_by_sequence(folder):
+    """Oracle: each sequence by itself, whole logits in float64, log p[t] of ids[t] from the logits at t − 1."""
+    model = Transformer.from_pretrained(folder)
+    sequences, scored = [[5, 6, 7, 8], [9, 10, 11], [12, 13]], [[1, 3], [2], [1]]
+    (batch,) = pack(sequences, scored, 100, "cpu")
+    with torch.no_grad():
+        logp, entropy = policy_logp(model, batch, 0.7)
+        expected, spread = [], []
+        for ids, positions in zip(sequences, scored):
+            z = model.logits(model(torch.tensor(ids), torch.tensor([0, len(ids)]))).double() / 0.7
+            for t in positions:
+                p = torch.log_softmax(z[t - 1], dim=0)
+                expected.append(p[ids[t]])
+                spread.append(-(p.exp() * p).sum())
+    torch.testing.assert_close(logp.double(), torch.stack(expected), rtol=0, atol=1e-5)
+    torch.testing.assert_close(entropy.double(), torch.stack(spread), rtol=0, atol=1e-5)
+
+
+# --- equation (1): δ ---
+
+def test_sft_targets_hand_table():
+    def action(kind, start, end):
+        return Action(kind, start, end, "")
+
+    solve, verify = action("solve", 0, 2), action("verify", 2, 5)
+    assert sft_targets([solve]) == [0, 1]
+    assert sft_targets([solve, verify]) == [0, 1, 2, 3, 4]
+    assert sft_targets([solve, verify, action("solve", 5, 7), action("verify", 7, 9)]) == [2, 3, 4, 5, 6, 7, 8]
+    unchecked = [solve, verify, action("solve", 5, 6), action("verify", 6, 7), action("solve", 7, 8)]
+    assert sft_targets(unchecked) == [2, 3, 4, 6, 7]
+
+
+@pytest.mark.parametrize("wrong", [0, 1, 2, 3])
+def test_sft_targets_keep_verifies_last_solve_and_stop_token(wrong, tokenizer):
+    """On an encoded example, the ids decoded back: what is taught and what is read only, text by text."""
+    trajectory = steps(3, 4, wrong)
+    prefix = prompt("3+4?", tokenizer)
+    ids, actions = encode(trajectory, tokenizer)
+    scored = [len(prefix) + t for t in sft_targets(actions)]
+    (batch,) = pack([prefix + ids], [scored], 10**6, "cpu")
+
+    kept = "".join(a.text for i, a in enumerate(actions) if a.kind == "verify" or i == 2 * wrong) + "<|im_end|>"
+    assert tokenizer.decode(batch.targets.tolist()) == kept
+    assert kept.count("the answer is incorrect.") == wrong and kept.count("the answer is correct.") == 1
+    assert kept.count(r"\boxed{7}") == 1 and kept.count(r"\boxed") == 1  # of the solves the right one alone
+
+    unscored = sorted(set(range(len(batch.ids))) - set(scored))
+    left = tokenizer.decode(batch.ids[unscored].tolist())
+    assert left == tokenizer.decode(prefix) + "".join(a.text for a in actions[: 2 * wrong : 2])  # prompt, wrong solves
+    assert min(scored) >= len(prefix) and batch.targets[-1] == tokenizer.end_id

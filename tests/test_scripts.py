@@ -1,0 +1,492 @@
+"""The three scripts end to end on a tiny model: what they write, exact resume, and what bad input gets (DESIGN §5)."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import sample
+import train_rl
+import train_sft
+from s2r import runtime
+from s2r.data import read_jsonl, write_jsonl
+from s2r.rollouts import roll_out
+from s2r.trajectory import SYSTEM_PROMPT
+from tiny_model import digest, problem_file, steps, tiny_model, trajectory_file
+
+ROOT = Path(__file__).resolve().parents[1]
+SFT = {"batch_size": 8, "lr": 1e-2, "kl": 0.05, "max_length": 400}
+RL = {"problems": 4, "rollouts": 4, "updates": 2, "steps": 4, "max_new_tokens": 60, "lr": 2e-3, "warmup": 2,
+      "save_every": 2}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> SimpleNamespace:
+    """A base model, problems, trajectories, and the SFT run that half learnt them: its rollouts are of every kind."""
+    folder = tmp_path_factory.mktemp("world")
+    world = SimpleNamespace(
+        base=str(tiny_model(folder / "base")), problems=str(problem_file(folder / "problems.jsonl")),
+        trajectories=str(trajectory_file(folder / "trajectories.jsonl")), sft=str(folder / "sft"))
+    train_sft.main(train_sft.Config(model=world.base, data=world.trajectories, out=world.sft, epochs=12, **SFT))
+    return world
+
+
+def log(out: Path) -> list[dict]:
+    """Rows of log.jsonl without what a clock says."""
+    return [{k: v for k, v in row.items() if "second" not in k} for row in read_jsonl(out / "log.jsonl")]
+
+
+SCRIPTS = {"sample": sample, "train_sft": train_sft, "train_rl": train_rl}
+
+
+# --- what they write ---
+
+def test_train_sft_learns_and_writes_a_run_folder(world):
+    out = Path(world.sft)
+    assert set(digest(out)) == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+                                "tokenizer_config.json", "run.json", "log.jsonl", "state.pt"}
+    settings = asdict(train_sft.Config(model=world.base, data=world.trajectories, out=world.sft, epochs=12, **SFT))
+    assert json.loads((out / "run.json").read_text()) == {k: v for k, v in settings.items() if k != "resume"}
+    rows = read_jsonl(out / "log.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 25)) and rows[-1]["epoch"] == 11
+    assert set(rows[0]) == {"step", "epoch", "nll", "kl", "grad_norm", "lr", "tokens", "tokens_per_second"}
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-5) and rows[-1]["kl"] > 0.1
+    assert rows[-1]["nll"] < 0.2 * rows[0]["nll"]
+    assert [row["lr"] for row in rows[:6]] == pytest.approx([2e-3, 4e-3, 6e-3, 8e-3, 1e-2, 1e-2])
+
+
+def test_train_sft_teaches_the_form_of_a_trajectory(world):
+    """After SFT the greedy response to a problem of the data is a solve, then a verify with a verdict, then the end."""
+    model, tokenizer = runtime.load(world.sft, torch.device("cpu"), torch.float32)
+    problems = train_rl.load_problems(world.problems)
+    found = roll_out(model, tokenizer, problems, n=1, temperature=0.0, max_new_tokens=100, seed=0, progress=False)
+    kinds = [[action.kind for action in t.actions] for t in found]
+    assert sum(k[:2] == ["solve", "verify"] for k in kinds) >= 12 and sum(t.finished for t in found) >= 6
+    assert all(id < tokenizer.vocab_size for t in found for id in t.ids)
+
+
+@pytest.mark.parametrize("level", ["outcome", "process"])
+def test_train_rl_writes_a_run_folder_that_opens_again(level, world, tmp_path, capsys):
+    out = tmp_path / "rl"
+    cfg = train_rl.Config(model=world.sft, data=world.problems, out=str(out), level=level, eval_data=world.problems,
+                          eval_every=4, show_every=2, **RL)
+    train_rl.main(cfg)
+    printed = capsys.readouterr().out
+    assert printed.count("outcome reward") == 2 and f"step 4, {world.problems}" in printed and "level 2" in printed
+    assert json.loads((out / "run.json").read_text())["level"] == level
+    rows = read_jsonl(out / "log.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert list(rows[0]) == [
+        "step", "reward", "accuracy", "first_accuracy", "trials", "va", "icr", "cir", "tokens", "finished", "kl",
+        "entropy", "gap", "clipped", "grad_norm", "lr", "seconds_rollout", "seconds_score", "seconds_update"]
+    assert [row["lr"] for row in rows] == pytest.approx([1e-3, 2e-3, 2e-3, 2e-3])
+    assert rows[0]["kl"] == 0 and rows[-1]["kl"] != 0  # starts as its own reference
+    assert all(row["gap"] < 1e-5 and -1 <= row["reward"] <= 1 and row["entropy"] > 0 for row in rows)
+    assert min(row["grad_norm"] for row in rows) > 0  # the rollouts of this world differ in reward
+    if level == "outcome":
+        assert all(row["reward"] == pytest.approx(2 * row["accuracy"] - 1) for row in rows)
+
+    start, end = (load_file(folder / "model.safetensors") for folder in (Path(world.sft), out))
+    assert start.keys() == end.keys() and any(not torch.equal(start[name], end[name]) for name in start)
+    sample.main(sample.Config(model=str(out), ask="1+1?", answer="2", max_new_tokens=20))
+    assert "gold answer 2, outcome reward" in capsys.readouterr().out
+
+
+def test_train_rl_process_level_needs_one_rollout_only(world, tmp_path):
+    settings = RL | {"rollouts": 1, "steps": 1, "problems": 8, "level": "process"}
+    train_rl.main(train_rl.Config(model=world.sft, data=world.problems, out=str(tmp_path / "rl"), **settings))
+    assert (tmp_path / "rl" / "state.pt").is_file()
+
+
+def test_train_rl_in_bf16_samples_from_the_current_weights(world, tmp_path, monkeypatch):
+    """The sampler's copy is the fp32 master weights, cast anew each step; its vocabulary is the tokenizer's."""
+    padded, masters, seen = shutil.copytree(world.sft, tmp_path / "padded"), [], []
+    weights = load_file(padded / "model.safetensors")
+    embed = weights["model.embed_tokens.weight"]
+    weights["model.embed_tokens.weight"] = torch.cat((embed, torch.full_like(embed[:7], 10.0)))  # rows that shout
+    save_file(weights, padded / "model.safetensors")
+    config = json.loads((padded / "config.json").read_text())
+    (padded / "config.json").write_text(json.dumps(config | {"vocab_size": len(embed) + 7}))
+
+    def load(*args, load=runtime.load, **kwargs):
+        model, tokenizer = load(*args, **kwargs)
+        masters.append(model)
+        return model, tokenizer
+
+    def watched(sampler, tokenizer, problems, **options):
+        master = masters[0]
+        assert sampler is not master and {p.dtype for p in sampler.parameters()} == {torch.bfloat16}
+        assert {p.dtype for p in master.parameters()} == {torch.float32}
+        for p, q in zip(sampler.parameters(), master.parameters(), strict=True):
+            assert torch.equal(p, q.bfloat16())
+        assert len(sampler.head_weight) == tokenizer.vocab_size < len(sampler.embed)  # never samples a spare row
+        assert options["step"] == len(seen) + 1 and options["temperature"] == 0.7  # a stream of its own for each step
+        seen.append(sampler.embed.detach().clone())
+        return roll_out(sampler, tokenizer, problems, **options)
+
+    monkeypatch.setattr(runtime, "load", load)
+    monkeypatch.setattr(train_rl, "roll_out", watched)
+    settings = RL | {"dtype": "bfloat16", "steps": 3}
+    out = tmp_path / "rl"
+    train_rl.main(train_rl.Config(model=str(padded), data=world.problems, out=str(out), level="process", **settings))
+    assert len(seen) == 3 and not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+    assert all(row["gap"] < 0.1 for row in log(out))
+
+
+def test_sample_writes_rollouts_and_report(world, tmp_path, capsys):
+    rollouts, report = tmp_path / "new" / "rollouts.jsonl", tmp_path / "other" / "report.json"
+    sample.main(sample.Config(model=world.sft, data=world.problems, n=2, temperature=0.7, max_new_tokens=60, limit=5,
+                              seed=3, out=str(rollouts), report=str(report)))
+    rows = read_jsonl(rollouts)
+    assert [(row["unique_id"], row["sample"]) for row in rows] == [(f"sum/{i}", j) for i in range(5) for j in range(2)]
+    assert all(len(row["ids"]) == len(row["logp"]) and row["reward"] in (-1, 1) for row in rows)
+    found = json.loads(report.read_text())
+    assert {"accuracy", "first_accuracy", "trials", "va", "er", "cp", "icr", "cir", "by_level", "finished", "tokens",
+            "tokens_per_second"} <= set(found)  # DESIGN §3
+    assert found["accuracy"] == sum(row["reward"] == 1 for row in rows) / 10 and found["responses"] == 10
+    assert found["tokens"] == sum(len(row["ids"]) for row in rows) / 10 and found["tokens_per_second"] > 0
+    assert set(found["by_level"]) == {"1", "2"} and found["model"] == world.sft
+    printed = capsys.readouterr().out
+    assert printed.count("── problem") == 1 and world.sft in printed  # one trajectory, then the table
+
+
+def test_sample_asks_one_problem(world, tmp_path, capsys):
+    sample.main(sample.Config(model=world.sft, ask="3+4?", n=2, temperature=1.0, max_new_tokens=20, data=world.problems,
+                              out=str(tmp_path / "asked.jsonl")))
+    printed = capsys.readouterr().out
+    assert printed.count("── problem asked: 3+4?") == 2 and "reward" not in printed  # no --answer, nothing graded
+    assert len(read_jsonl(tmp_path / "asked.jsonl")) == 2
+
+
+def test_trained_folder_opens_in_transformers_with_the_same_greedy_tokens(world, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    rollouts = tmp_path / "greedy.jsonl"
+    sample.main(sample.Config(model=world.sft, data=world.problems, limit=3, max_new_tokens=40, out=str(rollouts)))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(world.sft).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(world.sft)
+    for row in read_jsonl(rollouts):
+        messages = [{"role": "system", "content": SYSTEM_PROMPT},
+                    {"role": "user", "content": row["problem"]}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert ids == row["prompt_ids"]
+        out = theirs.generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False, pad_token_id=0)
+        assert out[0, len(ids) :].tolist() == row["ids"]
+
+
+# --- settings ---
+
+@pytest.fixture(scope="module")
+def weights(world, tmp_path_factory):
+    """The hash of the weights that two steps of a script reach with some settings changed."""
+
+    def run(name: str, **change) -> str:
+        out = tmp_path_factory.mktemp("settings") / "out"
+        if name == "train_sft":
+            settings = SFT | {"model": world.base, "data": world.trajectories, "epochs": 1} | change
+        else:
+            settings = RL | {"model": world.sft, "data": world.problems, "steps": 2} | change
+        SCRIPTS[name].main(SCRIPTS[name].Config(out=str(out), **settings))
+        return digest(out)["model.safetensors"]
+
+    return run
+
+
+def test_setting_of_the_method_changes_what_is_learnt(weights):
+    default = weights("train_sft")
+    for change in ({"kl": 0.0}, {"kl": 1.0}, {"lr": 1e-3}, {"warmup": 0}, {"max_grad_norm": 0.01}, {"batch_size": 4},
+                   {"seed": 1}, {"dtype": "bfloat16"}):
+        assert weights("train_sft", **change) != default, change
+    default = weights("train_rl")
+    for change in ({"level": "process"}, {"beta": 1.0}, {"epsilon": 1e-4}, {"temperature": 1.0}, {"updates": 1},
+                   {"lr": 1e-3}, {"warmup": 0}, {"max_grad_norm": 0.01}, {"rollouts": 2}, {"max_new_tokens": 40},
+                   {"seed": 1}):
+        assert weights("train_rl", **change) != default, change
+
+
+def test_setting_of_the_machine_changes_nothing(weights, world):
+    """Memory, printing, saving and evaluating leave the weights as they are, to the bit."""
+    for name, changes in (
+        ("train_sft", ({"checkpointing": True}, {"save_every": 1})),
+        ("train_rl", ({"checkpointing": True}, {"slots": 3}, {"show_every": 1, "save_every": 1},
+                      {"eval_data": world.problems, "eval_every": 1})),
+    ):
+        default = weights(name)
+        for change in changes:
+            assert weights(name, **change) == default, (name, change)
+
+
+# --- exact resume ---
+
+class Killed(BaseException):
+    """What a power cut looks like from inside."""
+
+
+def same(a, b) -> bool:
+    """Equality of nested states, tensors to the bit."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize("name", ["sft", "outcome", "process", "process in bfloat16"])
+def test_resume_is_exact(name, world, tmp_path, monkeypatch):
+    """4 steps in one go = killed in step 4, after the checkpoint at 2 and the log row of 3, and resumed."""
+    if name == "sft":
+        script = train_sft
+        settings = SFT | {"model": world.base, "data": world.trajectories, "epochs": 2, "save_every": 2}
+    else:
+        script = train_rl
+        settings = RL | {"model": world.sft, "data": world.problems, "level": name.split()[0]}
+        settings["dtype"] = "bfloat16" if "bfloat16" in name else "float32"
+    script.main(script.Config(out=str(tmp_path / "whole"), **settings))
+
+    def killed(self, row, log=runtime.Run.log):
+        if row["step"] == 4:
+            raise Killed
+        log(self, row)
+
+    monkeypatch.setattr(runtime.Run, "log", killed)
+    with pytest.raises(Killed):
+        script.main(script.Config(out=str(tmp_path / "halves"), **settings))
+    monkeypatch.undo()
+    assert [row["step"] for row in log(tmp_path / "halves")] == [1, 2, 3]
+    assert torch.load(tmp_path / "halves" / "state.pt")["step"] == 2
+    script.main(script.Config(out=str(tmp_path / "halves"), resume=True, **settings))
+
+    whole, halves = (torch.load(tmp_path / half / "state.pt") for half in ("whole", "halves"))
+    assert whole["step"] == 4 and whole["optimizer"]["state"] and same(whole, halves)
+    first, second = (digest(tmp_path / half)["model.safetensors"] for half in ("whole", "halves"))
+    assert first == second
+    assert log(tmp_path / "whole") == log(tmp_path / "halves") and len(log(tmp_path / "whole")) == 4
+
+
+def test_resume_may_make_an_rl_run_longer(world, tmp_path):
+    """4 steps in one go = 2 steps, then --steps 4 --resume."""
+    settings = RL | {"model": world.sft, "data": world.problems}
+    train_rl.main(train_rl.Config(out=str(tmp_path / "whole"), **settings))
+    train_rl.main(train_rl.Config(out=str(tmp_path / "halves"), **settings | {"steps": 2}))
+    train_rl.main(train_rl.Config(out=str(tmp_path / "halves"), resume=True, **settings))
+    assert same(*(torch.load(tmp_path / half / "state.pt") for half in ("whole", "halves")))
+    assert log(tmp_path / "whole") == log(tmp_path / "halves")
+
+
+# --- bad input ---
+
+@pytest.fixture
+def started(world, tmp_path, monkeypatch):
+    """Start a script as its command does, with flags over small settings that work."""
+
+    def run(name: str, **flags) -> None:
+        given = {"model": world.base if name == "train_sft" else world.sft,
+                 "data": world.trajectories if name == "train_sft" else world.problems, "out": tmp_path / "out"}
+        given |= {"train_sft": SFT, "train_rl": RL, "sample": {"max_new_tokens": 8}}[name] | flags
+        argv = [word for flag, value in given.items()
+                for word in ("--" + flag.replace("_", "-"), *([] if value is True else [str(value)]))]
+        monkeypatch.setattr(sys, "argv", [name + ".py", *argv])
+        runtime.start(SCRIPTS[name].main, SCRIPTS[name].Config)
+
+    return run
+
+
+@pytest.fixture
+def refused(started, tmp_path, capsys):
+    """Start a script on flags that it has to refuse: status 2, one line on stderr, no file touched; -> that line."""
+
+    def run(name: str, **flags) -> str:
+        before = digest(tmp_path)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            started(name, **flags)
+        error = capsys.readouterr().err
+        assert exit.value.code == 2
+        assert error.startswith("error: ") and error.count("\n") == 1, error
+        assert digest(tmp_path) == before
+        return error
+
+    return run
+
+
+GOOD = {"problem": "1+1?", "answer": "2"}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize(("rows", "says"), [
+    ([json.dumps(GOOD), '{"problem": "2+2?", "answer"'], "row 2: not JSON"),
+    ([json.dumps(GOOD), "[1]"], "row 2: a list"),
+    ([json.dumps({"answer": "2"})], 'row 1: no "problem"'),
+    ([json.dumps({"problem": "1+1?"})], 'row 1: "answer" is empty or missing'),
+    ([json.dumps({"problem": "1+1?", "answer": "\\frac{1}{"})], "row 1: gold answer"),
+    ([], "no rows"),
+])
+def test_bad_data_row_is_named(rows, says, name, refused, tmp_path):
+    if name == "train_sft":
+        rows = [row.replace('{"', f'{{"trajectory": {json.dumps(steps(1, 1, 0))}, "', 1) for row in rows]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(rows))
+    assert f"error: {data}: {says}" in refused(name, data=data)
+
+
+def test_bad_trajectory_is_named(refused, tmp_path):
+    for trajectory, says in ((None, '"trajectory" is not a list'), (steps(1, 1, 1)[:2], 'step 1 has "correct": False'),
+                             (steps(1, 1, 0)[:1], '"trajectory" is not a list of pairs')):
+        write_jsonl(tmp_path / "data.jsonl", [GOOD | {"trajectory": steps(1, 1, 0)}, GOOD | {"trajectory": trajectory}])
+        assert f"{tmp_path / 'data.jsonl'}: row 2: {says}" in refused("train_sft", data=tmp_path / "data.jsonl")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_missing_data_file_is_named(name, refused, tmp_path):
+    assert f"{tmp_path / 'nowhere.jsonl'}: no such file" in refused(name, data=tmp_path / "nowhere.jsonl")
+
+
+def test_gold_answer_of_a_problem_asked_has_to_be_readable(refused):
+    assert "--answer" in refused("sample", ask="1+1?", answer="\\frac{1}{")
+
+
+@pytest.mark.parametrize("name", ["sample", "train_rl"])
+def test_prompt_longer_than_the_context_is_named_before_anything_runs(name, refused, tmp_path):
+    """Wherever in the file it stands: not on the day that its turn comes."""
+    data = tmp_path / "data.jsonl"
+    rows = [{"problem": f"{i}+0?", "answer": str(i), "unique_id": f"short/{i}"} for i in range(30)]
+    write_jsonl(data, [*rows, {"problem": "word " * 500, "answer": "2", "unique_id": "long/30"}])
+    assert "problem long/30: its prompt has" in refused(name, data=data)
+
+
+def test_no_example_within_max_length_is_an_error(refused, world):
+    assert f"{world.trajectories}: no example is within --max-length 20" in refused("train_sft", max_length=20)
+
+
+@pytest.mark.parametrize("name", ["train_sft", "train_rl"])
+def test_out_folder_that_holds_a_run_is_left_alone(name, refused, world, tmp_path):
+    shutil.copytree(world.sft, tmp_path / "out")
+    assert "holds a run already" in refused(name)
+
+
+@pytest.mark.parametrize(("name", "length"), [("train_sft", {"epochs": 1}), ("train_rl", {"steps": 1})])
+def test_resume_with_other_settings_is_refused(name, length, started, refused):
+    assert "nothing to resume" in refused(name, resume=True, **length)
+    started(name, **length)
+    assert "--lr was" in refused(name, lr=0.5, resume=True, **length)
+    assert "--seed was 0, now 1" in refused(name, seed=1, resume=True, **length)
+
+
+@pytest.mark.parametrize("name", ["train_sft", "train_rl"])
+def test_out_that_cannot_be_written_is_named(name, refused, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    assert str(tmp_path / "file") in refused(name, out=tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize("flags", [{"eval_every": 5}, {"eval_data": "test.jsonl"}])
+def test_evaluation_needs_data_and_interval(flags, refused):
+    assert "--eval-data and --eval-every" in refused("train_rl", **flags)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_broken_model_folder_is_named(name, refused, world, tmp_path):
+    def broken(case: str) -> Path:
+        return Path(shutil.copytree(world.base, tmp_path / case))
+
+    folder = broken("shards")
+    index = {"weight_map": {"model.embed_tokens.weight": "model-00001-of-00002.safetensors",
+                            "model.norm.weight": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "model-00002-of-00002.safetensors: missing" in refused(name, model=folder)
+
+    folder = broken("truncated")
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    assert f"{folder / 'model.safetensors'}: not a whole safetensors file" in refused(name, model=folder)
+
+    folder = broken("template")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["chat_template"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert f"{folder}: no chat template" in refused(name, model=folder)
+
+    folder = broken("family")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
+    assert f"{folder / 'config.json'}: model_type 'mamba' is not supported" in refused(name, model=folder)
+
+    assert str(tmp_path / "nowhere") in refused(name, model=tmp_path / "nowhere")
+
+
+def test_vocabulary_mismatch_is_named(refused, tmp_path):
+    tiny_model(tmp_path / "small", spare=-3)
+    assert f"{tmp_path / 'small'}: the tokenizer has" in refused("sample", model=tmp_path / "small")
+
+
+def test_rl_sizes_that_do_not_fit_are_named(refused, world):
+    assert "--rollouts 1" in refused("train_rl", level="outcome", rollouts=1)
+    assert "--updates 17" in refused("train_rl", updates=17)
+    assert f"{world.problems} holds 16 problems, --problems asks for 17" in refused("train_rl", problems=17)
+
+
+@pytest.mark.parametrize(("name", "flag", "value"), [
+    ("sample", "n", 0), ("sample", "max_new_tokens", 0), ("sample", "slots", 0), ("sample", "temperature", -1.0),
+    ("train_sft", "batch_size", 0), ("train_sft", "epochs", 0), ("train_sft", "save_every", 0),
+    ("train_rl", "problems", 0), ("train_rl", "rollouts", 0), ("train_rl", "updates", 0), ("train_rl", "steps", 0),
+    ("train_rl", "temperature", 0.0), ("train_rl", "max_new_tokens", 0), ("train_rl", "save_every", 0),
+    ("train_rl", "slots", 0),
+])
+def test_setting_that_makes_no_sense_is_named(name, flag, value, refused):
+    assert f"--{flag.replace('_', '-')} {value}" in refused(name, **{flag: value})
+
+
+def test_gradient_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(started, tmp_path, monkeypatch, capsys):
+    """The batch is named, status 2, and the checkpoint before it can be opened and resumed."""
+    calls = iter(range(100))
+
+    def poisoned(model, batch, temperature, policy_logp=train_rl.policy_logp):
+        logp, entropy = policy_logp(model, batch, temperature)
+        return (logp * float("nan") if logp.requires_grad and next(calls) == 4 else logp), entropy
+
+    monkeypatch.setattr(train_rl, "policy_logp", poisoned)
+    with pytest.raises(SystemExit) as exit:
+        started("train_rl")
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert exit.value.code == 2 and error.startswith("error: step 3, problems ['sum/") and "norm is nan" in error
+    state = torch.load(tmp_path / "out" / "state.pt")
+    assert state["step"] == 2 and all(x.isfinite().all() for x in state["model"].values())
+    started("train_rl", resume=True)  # the poison was one micro-batch
+    assert [row["step"] for row in log(tmp_path / "out")] == [1, 2, 3, 4]
+
+
+# --- as a user starts them ---
+
+def python(*argv: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True, timeout=120,
+                          env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"})
+
+
+def test_command_runs_from_the_shell(world, tmp_path):
+    report = tmp_path / "report.json"
+    done = python("sample.py", "--model", world.sft, "--data", world.problems, "--limit", "2", "--max-new-tokens", "8",
+                  "--report", str(report))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(report.read_text())["responses"] == 2
+
+
+def test_command_with_bad_data_exits_2_with_one_line(world, tmp_path):
+    (tmp_path / "data.jsonl").write_text("no json\n")
+    data, out = tmp_path / "data.jsonl", tmp_path / "out"
+    done = python("train_rl.py", "--model", world.sft, "--data", str(data), "--out", str(out))
+    assert (done.returncode, done.stdout) == (2, "") and not out.exists()
+    assert done.stderr.startswith(f"error: {data}: row 1: not JSON") and done.stderr.count("\n") == 1
+
+
+def test_command_with_an_unknown_flag_exits_2_with_usage():
+    done = python("train_sft.py", "--learning-rate", "1")
+    assert done.returncode == 2 and done.stderr.startswith("usage: train_sft.py") and "--learning-rate" in done.stderr
