@@ -2,7 +2,7 @@
 
     python sample.py                                                   toy base model, held-out toy problems
     python sample.py --model DIR --ask "What is 7 times 6?" --answer 42
-    python sample.py --model DIR --data F.jsonl --temperature 0 --max-new-tokens 2048 --out ROLLOUTS.jsonl --report R.json
+    python sample.py --model DIR --data F.jsonl --max-new-tokens 2048 --out ROLLOUTS.jsonl --report R.json
 
 With `--n 5 --temperature 0.7` it is the collector of stage 0 (METHOD: K = 5 samples a problem).
 """

@@ -57,7 +57,8 @@ class Config:
 
 def main(cfg: Config) -> None:
     runtime.positive(
-        cfg, "problems", "rollouts", "updates", "temperature", "steps", "max_new_tokens", "save_every", "slots")
+        cfg, "problems", "rollouts", "updates", "temperature", "steps", "max_new_tokens", "save_every", "slots"
+    )
     if bool(cfg.eval_data) != (cfg.eval_every > 0):
         raise ValueError("--eval-data and --eval-every go together; give both or neither")
     cfg = replace(cfg, out=cfg.out or f"{toy.RUNS}/rl-{cfg.level}")
@@ -92,7 +93,9 @@ def main(cfg: Config) -> None:
         if sampler is not model:
             sampler.copy_from(model)
         batch = [problems[i] for i in chosen]
-        trajectories = roll_out(sampler, tokenizer, batch, n=cfg.rollouts, temperature=cfg.temperature, step=step, **sampling)
+        trajectories = roll_out(
+            sampler, tokenizer, batch, n=cfg.rollouts, temperature=cfg.temperature, step=step, **sampling
+        )
         clock.lap("rollout")
 
         # 2. Give each span its reward and baseline: the whole trajectory, or each of its actions.
@@ -124,8 +127,12 @@ def main(cfg: Config) -> None:
 
         # 5. Log, show, evaluate, save.
         scored = [m for work in updates for m in work]
-        run.log({"step": step} | measure(trajectories, credits, scored, torch.cat(ratios), cfg) | {
-            "grad_norm": sum(norms) / len(norms), "lr": lr} | clock.parts)
+        run.log(
+            {"step": step}
+            | measure(trajectories, credits, scored, torch.cat(ratios), cfg)
+            | {"grad_norm": sum(norms) / len(norms), "lr": lr}
+            | clock.parts
+        )
         if cfg.show_every and step % cfg.show_every == 0:
             print(show(trajectories[0]), end="\n\n")
         if cfg.eval_every and step % cfg.eval_every == 0:
@@ -176,7 +183,10 @@ def measure(trajectories, credits, scored: list[Scored], ratio: torch.Tensor, cf
     )
     return {
         "reward": sum(rewards) / len(rewards),
-        **{name: metrics[name] for name in ("accuracy", "first_accuracy", "trials", "va", "icr", "cir", "tokens", "finished")},
+        **{
+            name: metrics[name]
+            for name in ("accuracy", "first_accuracy", "trials", "va", "icr", "cir", "tokens", "finished")
+        },
         "kl": (old - ref).mean().item(),
         "entropy": entropy.mean().item(),
         "gap": (sampled - old).abs().mean().item(),

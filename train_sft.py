@@ -1,7 +1,8 @@
 """Stage 1, behaviour initialisation: masked SFT on trajectories that check and correct themselves (paper §2.2.4).
 
     python train_sft.py                                                toy world
-    python train_sft.py --model DIR --data TRAJ.jsonl --out DIR2 --epochs 3 --lr 5e-6 --batch-size 32 --kl 0.1 --max-length 8000
+    python train_sft.py --model DIR --data TRAJ.jsonl --out DIR2 --epochs 3 --lr 5e-6 --batch-size 32 --kl 0.1 \\
+        --max-length 8000
 
 The target is what a good trajectory does, never its mistakes: every verify, the last solve and the stop token have a
 loss, the wrong solves before are context. Equation (1), plus kl · KL(π ‖ π_base) on the same tokens.

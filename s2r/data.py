@@ -63,8 +63,9 @@ def read_jsonl(path: str | Path) -> list[dict]:
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}: row {number}: not JSON ({error}); write one object per line") from error
             if not isinstance(row, dict):
-                raise ValueError(f"{path}: row {number}: a {type(row).__name__}, not an object like "
-                                 '{"problem": …, "answer": …}')
+                raise ValueError(
+                    f'{path}: row {number}: a {type(row).__name__}, not an object like {{"problem": …, "answer": …}}'
+                )
             rows.append(row)
     if not rows:
         raise ValueError(f"{path}: no rows; the file is empty")
@@ -91,7 +92,7 @@ def load_problems(path: str | Path, limit: int = 0) -> list[Problem]:
     if limit < 0:
         raise ValueError(f"limit {limit}: give a number of problems, 0 for all")
     problems, failed, blank, first_row = [], {}, [], {}
-    for number, row in enumerate(read_jsonl(path)[:limit or None], start=1):
+    for number, row in enumerate(read_jsonl(path)[: limit or None], start=1):
         if row.get("answer") == "":
             blank.append(number)
             continue
@@ -108,7 +109,10 @@ def load_problems(path: str | Path, limit: int = 0) -> list[Problem]:
         more = f" (rows that fail: {', '.join(map(str, failed))})" if len(failed) > 1 else ""
         raise ValueError(f"{path}: row {number}: {error}{more}") from error
     if blank:
-        print(f"{path}: {len(blank)} rows have an empty answer and are left out: {', '.join(map(str, blank))}", file=sys.stderr)
+        print(
+            f"{path}: {len(blank)} rows have an empty answer and are left out: {', '.join(map(str, blank))}",
+            file=sys.stderr,
+        )
     if not problems:
         raise ValueError(f"{path}: no row with an answer; give a file with gold answers")
     return problems
@@ -146,8 +150,10 @@ def _problem(row: dict, unique_id: str) -> Problem:
     elif not answer and isinstance(solution, str):
         answer = extract_answer(solution)
     if not isinstance(answer, str) or not answer.strip():
-        raise ValueError('"answer" is empty or missing and no "solution" stands in for it with a \\boxed one, '
-                         f"keys are {keys}; add it or drop the row")
+        raise ValueError(
+            '"answer" is empty or missing and no "solution" stands in for it with a \\boxed one, '
+            f"keys are {keys}; add it or drop the row"
+        )
     if not parsable(answer):
         raise ValueError(f"gold answer {answer!r} cannot be parsed; correct it or drop the row")
     level = row.get("level")
@@ -156,8 +162,9 @@ def _problem(row: dict, unique_id: str) -> Problem:
         level = int(digits) if digits.isdecimal() else None
     if not isinstance(level, int | None):
         raise ValueError(f'"level" is {level!r}; write a whole number or leave it out')
-    return Problem(problem, answer, str(row.get("unique_id") or unique_id), level, row.get("subject", row.get("type")),
-                   solution)
+    return Problem(
+        problem, answer, str(row.get("unique_id") or unique_id), level, row.get("subject", row.get("type")), solution
+    )
 
 
 def _check_steps(steps: object) -> None:
@@ -170,10 +177,14 @@ def _check_steps(steps: object) -> None:
             raise ValueError(f"step {i + 1} is not a {kind} with a text; solve and verify alternate, solve first")
         last = i >= len(steps) - 2
         if kind == "solve" and step.get("correct") is not last:
-            raise ValueError(f'step {i + 1} has "correct": {step.get("correct")!r}; the last solve is right, '
-                             "those before it are wrong")
+            raise ValueError(
+                f'step {i + 1} has "correct": {step.get("correct")!r}; the last solve is right, '
+                "those before it are wrong"
+            )
         expected = "correct" if last else "incorrect"
         if kind == "verify" and not step.get("verdict") == parse_verdict(step["text"]) == expected:
-            raise ValueError(f'step {i + 1} has "verdict": {step.get("verdict")!r} and ends in '
-                             f"{step['text'].strip()[-60:]!r}; both have to say {expected}")
+            raise ValueError(
+                f'step {i + 1} has "verdict": {step.get("verdict")!r} and ends in '
+                f"{step['text'].strip()[-60:]!r}; both have to say {expected}"
+            )
     render(steps)

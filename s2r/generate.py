@@ -52,9 +52,9 @@ def generate(
 
     `problems` names each prompt in the random stream (default: its index), so that a share of the prompts, on another
     rank say, draws what the whole would. `slots` rows are decoded at a time, `prefill_tokens` tokens of prompts run
-    through the model at a time: both change memory and speed alone. Returns the rollouts in order: prompt 0 sample 0, prompt 0 sample 1, …
-    Raises ValueError for an empty prompt or one that leaves no room in the model's context, and for settings that make
-    no sense.
+    through the model at a time: both change memory and speed alone.
+    Returns the rollouts in order: prompt 0 sample 0, prompt 0 sample 1, … Raises ValueError for an empty prompt or one
+    that leaves no room in the model's context, and for settings that make no sense.
     """
     assert model.embed.dtype == model.dtype, "sample from a copy in the compute dtype, not from master weights"
     if max_new_tokens < 1 or temperature < 0 or slots < 1 or n < 1:
@@ -138,7 +138,9 @@ class _Rows:
             ids += self.prompts[i][:-1]
             borders.append(len(ids))
         device = self.token.device
-        k, v = self.model.prefill(torch.tensor(ids, device=device, dtype=torch.int64), torch.tensor(borders, device=device))
+        k, v = self.model.prefill(
+            torch.tensor(ids, device=device, dtype=torch.int64), torch.tensor(borders, device=device)
+        )
         return {i: (k[:, a:b], v[:, a:b]) for i, a, b in zip(chosen, borders, borders[1:])}
 
     def step(self) -> list[int]:

@@ -51,8 +51,11 @@ def summarize(trajectories: Sequence) -> dict:
     by_level = {}
     for level in sorted(set(levels) - {None}):
         rows = [i for i, other in enumerate(levels) if other == level]
-        by_level[str(level)] = {"accuracy": _mean([last[i] for i in rows]), "trials": _mean([trials[i] for i in rows]),
-                                "responses": len(rows)}
+        by_level[str(level)] = {
+            "accuracy": _mean([last[i] for i in rows]),
+            "trials": _mean([trials[i] for i in rows]),
+            "responses": len(rows),
+        }
     return {
         "accuracy": _mean(last),
         "first_accuracy": _mean(first),
@@ -73,6 +76,7 @@ def summarize(trajectories: Sequence) -> dict:
 
 def table(rows: dict[str, dict]) -> str:
     """Results of `summarize` by name, a line each, shares in per cent; below, accuracy / trials by level if known."""
+
     def cell(metrics: dict, name: str) -> str:
         value = metrics.get(name)
         if value is None:

@@ -53,7 +53,9 @@ def pack(
             positions += [len(ids) + t for t in scored[row]]
             ids += sequences[row]
             borders.append(len(ids))
-        packs.append(Pack(rows, *(torch.tensor(x, dtype=torch.int64, device=device) for x in (ids, borders, positions))))
+        packs.append(
+            Pack(rows, *(torch.tensor(x, dtype=torch.int64, device=device) for x in (ids, borders, positions)))
+        )
     return packs
 
 

@@ -152,7 +152,7 @@ def policy_loss(
     *,
     epsilon: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """L of (3) and (6): −Σ weight · min(r·A, clip(r, 1−ε, 1+ε)·A), and the ratio r of each span, (A,), without gradient.
+    """L of (3) and (6), −Σ weight · min(r·A, clip(r, 1−ε, 1+ε)·A), and the ratio r of each span, (A,), detached.
 
     logp (K,) has the gradient, logp_old and span (K,) do not; advantage and weight (A,), the weights those of `spans`,
     so that the loss of an update is the plain sum over its micro-batches.

@@ -5,10 +5,9 @@ Called by `sample.py` and `train_rl.py`, which roll out alike, and by `s2r/behav
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from s2r import rl
-from s2r.data import Problem, read_jsonl
+from s2r.data import Problem
 from s2r.generate import generate
 from s2r.model import Transformer
 from s2r.tokenizer import Tokenizer
@@ -34,7 +33,9 @@ class Trajectory:
         actions = []
         for action, reward in zip(self.actions, rl.process_rewards(self.actions, self.finished)):
             read = {"answer": action.answer} if action.kind == "solve" else {"verdict": action.verdict}
-            actions.append({"kind": action.kind, "start": action.start, "end": action.end, **read, "reward": int(reward)})
+            actions.append(
+                {"kind": action.kind, "start": action.start, "end": action.end, **read, "reward": int(reward)}
+            )
         return {
             "unique_id": self.problem.unique_id,
             "problem": self.problem.problem,

@@ -41,7 +41,8 @@ def parse(config: type, argv: list[str] | None = None):
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config), re.MULTILINE))
     doc = sys.modules[config.__module__].__doc__
     parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     types = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
         flag, kind = "--" + field.name.replace("_", "-"), types[field.name]
@@ -170,15 +171,22 @@ class Run:
             shutil.rmtree(scratch, ignore_errors=True)
             model.save_pretrained(scratch)
             for file in self.base.iterdir():
-                if re.match(r"(tokenizer.*|vocab.*|merges\.txt|chat_template.*|generation_config\.json|special_tokens.*)$", file.name):
+                if re.match(
+                    r"(tokenizer.*|vocab.*|merges\.txt|chat_template.*|generation_config\.json|special_tokens.*)$",
+                    file.name,
+                ):
                     shutil.copyfile(file, scratch / file.name)
-            torch.save({"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, scratch / STATE)
+            torch.save(
+                {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, scratch / STATE
+            )
             for file in sorted(scratch.iterdir(), key=lambda file: file.name == STATE):  # the state last
                 os.replace(file, self.folder / file.name)
             scratch.rmdir()
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors on a full disk
             shutil.rmtree(scratch, ignore_errors=True)
-            raise OSError(f"{self.folder}: could not save step {step} ({error}); the checkpoint before it is whole") from error
+            raise OSError(
+                f"{self.folder}: could not save step {step} ({error}); the checkpoint before it is whole"
+            ) from error
 
     def restore(self, model: Transformer, optimizer: torch.optim.Optimizer) -> int:
         """Load state.pt into model and optimizer, cut the log to its step, and return the number of steps done."""

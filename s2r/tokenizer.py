@@ -21,7 +21,7 @@ import jinja2.ext
 import jinja2.sandbox
 import tokenizers
 
-from s2r.folder import read_json
+from s2r.config import read_json
 
 
 class _Generation(jinja2.ext.Extension):
@@ -39,6 +39,7 @@ def _compile(source: str) -> jinja2.Template:
 
     Templates come with downloaded weights, hence the sandbox.
     """
+
     def raise_exception(message):
         raise jinja2.TemplateError(message)
 
@@ -46,7 +47,8 @@ def _compile(source: str) -> jinja2.Template:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     env = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
     env.filters["tojson"] = tojson  # jinja's own escapes for HTML
     env.globals["raise_exception"] = raise_exception
     env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
@@ -72,8 +74,9 @@ class Tokenizer:
     that the template puts after an assistant message.
     """
 
-    def __init__(self, folder: Path, backend: tokenizers.Tokenizer, template: str, special: dict[str, str],
-                 eos_ids: set[int]):
+    def __init__(
+        self, folder: Path, backend: tokenizers.Tokenizer, template: str, special: dict[str, str], eos_ids: set[int]
+    ):
         """`special`: the template's variables (`bos_token` …); `eos_ids`: the stop ids that the configs name."""
         self.folder = folder
         self._backend = backend
@@ -129,8 +132,10 @@ class Tokenizer:
         if (folder / "chat_template.jinja").exists():  # wins, as in transformers
             template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
         if not template:
-            raise ValueError(f"{folder}: no chat template in tokenizer_config.json or chat_template.jinja; "
-                             "use an instruct model, or add the template of its family")
+            raise ValueError(
+                f"{folder}: no chat template in tokenizer_config.json or chat_template.jinja; "
+                "use an instruct model, or add the template of its family"
+            )
         try:
             return cls(folder, backend, template, special, eos_ids)
         except jinja2.TemplateError as error:
@@ -144,7 +149,7 @@ class Tokenizer:
         try:
             skip = self._ids(opening)
             ids = self._ids(opening + text)
-            return ids[len(skip):] if ids[:len(skip)] == skip else self._ids(text)
+            return ids[len(skip) :] if ids[: len(skip)] == skip else self._ids(text)
         finally:
             self._backend.encode_special_tokens = False
 
@@ -162,8 +167,10 @@ class Tokenizer:
             return self._ids(self._render(messages, add_generation_prompt=True))
         except jinja2.TemplateError as error:
             roles = ", ".join(message["role"] for message in messages)
-            raise ValueError(f"{self.folder}: the chat template refuses messages of roles {roles} ({error}); "
-                             "use a model whose template takes them, or edit the template") from error
+            raise ValueError(
+                f"{self.folder}: the chat template refuses messages of roles {roles} ({error}); "
+                "use a model whose template takes them, or edit the template"
+            ) from error
 
     def token_bytes(self, id: int) -> bytes:
         """The bytes that one id stands for (b"" for an id that no token has); they concatenate to the text."""
@@ -183,8 +190,9 @@ class Tokenizer:
         return self._backend.encode(text, add_special_tokens=False).ids  # the template writes bos itself
 
     def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        return self._template.render(messages=messages, tools=None, documents=None,
-                                     add_generation_prompt=add_generation_prompt, **self._special)
+        return self._template.render(
+            messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **self._special
+        )
 
     def _end_of_turn(self) -> int | None:
         """The added token that the template puts right after an assistant message, None when it puts none there."""

@@ -32,8 +32,9 @@ VERDICT_SENTENCE = {
 }
 
 # In bytes, because tokens are bytes: one may hold half a character. MULTILINE ^ is the start, or after a newline.
-_MARKER = re.compile(rb"^(?:(%b)|%b)" % (re.escape(VERIFY_OPENING).encode(), re.escape(RETRY_OPENING).encode()),
-                     re.MULTILINE)
+_MARKER = re.compile(
+    rb"^(?:(%b)|%b)" % (re.escape(VERIFY_OPENING).encode(), re.escape(RETRY_OPENING).encode()), re.MULTILINE
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def cut(text: bytes) -> list[tuple[int, str]]:
     What comes before the first marker is a solve, unless it is only white space, which then goes to the first action.
     """
     cuts = [(match.start(), "verify" if match[1] else "solve") for match in _MARKER.finditer(text)]
-    if not cuts or text[:cuts[0][0]].strip():
+    if not cuts or text[: cuts[0][0]].strip():
         return [(0, "solve"), *cuts]
     return [(0, cuts[0][1]), *cuts[1:]]
 
@@ -96,7 +97,7 @@ def parse_verdict(text: str) -> str | None:
         if text.endswith(VERDICT_SENTENCE[verdict]):
             head = text.removesuffix(VERDICT_SENTENCE[verdict])
             before = head.rstrip()
-            gap = head[len(before):]
+            gap = head[len(before) :]
             # "If I am right, Therefore, the …" is another sentence: it has to open a line or follow an end mark.
             opens = not before or "\n" in gap or (gap and not before[-1].isalnum() and before[-1] not in ",;")
             return verdict if opens else None
@@ -105,8 +106,10 @@ def parse_verdict(text: str) -> str | None:
 
 def judge(actions: list[Action], gold: str) -> list[Action]:
     """The same actions with V_golden(s) filled in: `correct` of each solve, by its boxed answer against `gold`."""
-    return [replace(action, correct=equivalent(action.answer, gold)) if action.kind == "solve" else action
-            for action in actions]
+    return [
+        replace(action, correct=equivalent(action.answer, gold)) if action.kind == "solve" else action
+        for action in actions
+    ]
 
 
 def render(steps: list[dict]) -> list[str]:
@@ -122,8 +125,10 @@ def render(steps: list[dict]) -> list[str]:
         if not text.startswith(opening):
             text = f"{opening} {text}".strip()
         if not text or cut(text.encode()) != [(0, step["kind"])]:
-            raise ValueError(f"step {i + 1} ({step['kind']}) is empty or holds a line that opens another action with "
-                             f"{VERIFY_OPENING!r} or {RETRY_OPENING!r}; reword it or drop the trajectory")
+            raise ValueError(
+                f"step {i + 1} ({step['kind']}) is empty or holds a line that opens another action with "
+                f"{VERIFY_OPENING!r} or {RETRY_OPENING!r}; reword it or drop the trajectory"
+            )
         texts.append(text + "\n\n" if i < len(steps) - 1 else text)
     return texts
 
