@@ -1,0 +1,175 @@
+"""Stage 0: from the base model's samples to trajectories that check and correct themselves (paper §2.2, App. C.1).
+
+    K samples of a problem ─ grade ─▶ wrong share ─▶ number of trials k
+            │                                               │
+            └─ distinct answers ─ verify ─ drop if untrue ──┴─▶ s1 ✗ v1 "incorrect" … sk ✓ vk "correct"
+
+    python -m s2r.behavior --rollouts ROLLOUTS.jsonl --out TRAJECTORIES.jsonl --seed 0
+
+Every attempt is the model's own; only the verifications come from elsewhere. A source of verifications is a function
+(problem, answer) -> (text, verdict), named in `sources`; the toy world's works by a rule. Reads what `sample.py --n 5
+--temperature 0.7 --out` writes, writes what `train_sft.py` reads, and prints what became of every sample.
+"""
+
+import argparse
+import random
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from s2r import toy
+from s2r.data import read_jsonl, write_jsonl
+from s2r.grade import equivalent, extract_answer
+from s2r.trajectory import cut, parse_verdict
+
+Verify = Callable[[str, str], tuple[str, str]]
+"""(problem, answer) -> text of the check, which ends in a verdict sentence, and the verdict it claims."""
+
+KEEP = (0.24, 1.0, 1.0, 1.0)
+"""Share of the trajectories with 1, 2, 3, 4 trials that is kept, so that easy problems do not dominate.
+
+The release keeps about 0.24 of those with one and 0.5 to 1 of the others.
+"""
+
+
+def sources() -> dict[str, Verify]:
+    """The sources of verifications, by the name that --verifier gives."""
+    return {"toy": toy.verify}
+
+
+def trials(wrong: int, samples: int) -> int:
+    """Number of trials k that a problem asks for, by how many of its samples are wrong.
+
+    The release counts 0, 1, 2–3, 4–5 wrong of 5; other numbers of samples are scaled to 5.
+    """
+    return (1, 2, 3, 3, 4, 4)[round(5 * wrong / samples)]
+
+
+def distinct(answers: Sequence[str]) -> list[int]:
+    """Indices of the first of each class of equivalent answers, in order."""
+    chosen = []
+    for i, answer in enumerate(answers):
+        if not any(equivalent(answer, answers[j]) for j in chosen):
+            chosen.append(i)
+    return chosen
+
+
+def usable(row: dict) -> str | None:
+    """The answer of a sample that can stand as a solve, None for one that cannot.
+
+    It has to be finished, hold a \\boxed answer, and be one attempt: no line of it opens an action of its own.
+    """
+    one_attempt = cut(row["text"].encode()) == [(0, "solve")]
+    return extract_answer(row["text"]) if row["finished"] and one_attempt else None
+
+
+def build(samples: Sequence[dict], verify: Verify, rng: random.Random, counts: Counter) -> list[dict] | None:
+    """The trajectory of one problem, as the steps of a trajectory file; None when it gives none.
+
+    `samples` are its rows of the rollout file. Adds to `counts` what was dropped, by reason.
+    """
+    problem, gold = samples[0]["problem"], samples[0]["answer"]
+    graded = [(row, usable(row)) for row in samples]
+    right = [(row["text"], answer) for row, answer in graded if equivalent(answer, gold)]
+    wrong = [(row["text"], answer) for row, answer in graded if answer is not None and not equivalent(answer, gold)]
+    counts["sample: unfinished, no answer, or more than one attempt"] += len(samples) - len(right) - len(wrong)
+    if not right:
+        counts["problem: no right sample"] += 1
+        return None
+
+    attempts = []  # wrong ones, pairwise distinct, then the right one; each with its verification
+    k = trials(len(samples) - len(right), len(samples))
+    rng.shuffle(wrong)
+    wrong = [wrong[i] for i in distinct([answer for _, answer in wrong])]
+    for (text, answer), truth in [(attempt, "incorrect") for attempt in wrong] + [(rng.choice(right), "correct")]:
+        check, verdict = verify(problem, answer)
+        if verdict == truth == parse_verdict(check):
+            attempts.append((text, check, truth))
+        else:
+            counts["verification: verdict does not match the truth"] += 1
+    if not attempts or attempts[-1][2] != "correct":
+        counts["problem: no true verification of the right answer"] += 1
+        return None
+    if len(attempts) < k:
+        counts["problem: fewer distinct wrong answers than its difficulty asks for"] += 1
+
+    steps = []
+    for text, check, truth in attempts[:-1][: k - 1] + attempts[-1:]:
+        steps.append({"kind": "solve", "text": text.strip(), "correct": truth == "correct"})
+        steps.append({"kind": "verify", "text": check, "verdict": truth})
+    return steps
+
+
+def trajectories(
+    rows: Iterable[dict], verify: Verify, seed: int, keep: Sequence[float] = KEEP
+) -> tuple[list[dict], Counter]:
+    """Rows of a trajectory file from rows of a rollout file, at most one per problem, and the counts for `table`.
+
+    `keep[k - 1]` is the share that is kept of the trajectories with k trials.
+    """
+    problems: dict[str, list[dict]] = {}
+    for row in rows:
+        problems.setdefault(row["unique_id"], []).append(row)
+    counts = Counter({"problems": len(problems), "samples": sum(map(len, problems.values()))})
+    examples = []
+    for unique_id, samples in problems.items():
+        rng = random.Random(f"{seed} {unique_id}")  # its own stream: dropping a problem changes no other
+        steps = build(samples, verify, rng, counts)
+        if steps is None:
+            continue
+        k = len(steps) // 2
+        if rng.random() >= keep[k - 1]:
+            counts[f"problem: left out to balance the classes, k = {k}"] += 1
+            continue
+        counts[f"kept, k = {k}"] += 1
+        counts["kept"] += 1
+        examples.append(
+            {
+                "unique_id": unique_id,
+                "problem": samples[0]["problem"],
+                "answer": samples[0]["answer"],
+                "trajectory": steps,
+            }
+        )
+    return examples, counts
+
+
+def table(counts: Counter) -> str:
+    """What was read, dropped and kept, a line each; `counts` as `trajectories` returns them."""
+    dropped = sorted(name for name in counts if name.startswith(("sample:", "problem:", "verification:")))
+    names = ["problems", "samples", *dropped, *sorted(name for name in counts if name.startswith("kept"))]
+    return "\n".join(f"{counts[name]:7,}  {name}" for name in names)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rollouts", default=toy.ROLLOUTS, help="rollout file of the base model [%(default)s]")
+    parser.add_argument("--out", default=toy.TRAJECTORIES, help="trajectory file to write [%(default)s]")
+    parser.add_argument("--verifier", default="toy", choices=sources(), help="source of verifications [%(default)s]")
+    parser.add_argument(
+        "--keep",
+        default=KEEP,
+        type=float,
+        nargs=len(KEEP),
+        metavar="SHARE",
+        help="share kept of the trajectories with 1, 2, 3, 4 trials [%(default)s]",
+    )
+    parser.add_argument("--seed", default=0, type=int, help="of the choice among samples [%(default)s]")
+    flags = parser.parse_args(argv)
+    examples, counts = trajectories(read_jsonl(flags.rollouts), sources()[flags.verifier], flags.seed, flags.keep)
+    print(table(counts))
+    if not examples:
+        raise ValueError(
+            f"{flags.rollouts}: no problem gives a trajectory (reasons above); sample more, or easier, problems"
+        )
+    Path(flags.out).parent.mkdir(parents=True, exist_ok=True)
+    write_jsonl(flags.out, examples)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

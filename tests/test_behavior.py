@@ -1,0 +1,153 @@
+"""Stage 0: one test per rule of METHOD §2 (paper App. C.1), on hand-made rollout rows."""
+
+import random
+from collections import Counter
+
+import pytest
+
+import s2r  # noqa: F401
+from s2r import behavior, toy
+from s2r.data import load_trajectories, read_jsonl, write_jsonl
+from s2r.trajectory import VERDICT_SENTENCE
+
+PROBLEM = "44 increased by 3 times a number is 146. What is the number?"  # 34
+
+
+def rows(*answers: str | None, problem: str = PROBLEM, unique_id: str = "p", **other) -> list[dict]:
+    """Rollout rows of one problem, one for each boxed answer."""
+    return [
+        {
+            "unique_id": unique_id,
+            "problem": problem,
+            "answer": "34",
+            "finished": True,
+            "sample": i,
+            "text": "I give up." if answer is None else rf"The answer is \boxed{{{answer}}}.",
+        }
+        | other
+        for i, answer in enumerate(answers)
+    ]
+
+
+def build(*answers: str | None, verify=toy.verify, seed: int = 0, **other) -> tuple[list[dict] | None, Counter]:
+    counts = Counter()
+    return behavior.build(rows(*answers, **other), verify, random.Random(seed), counts), counts
+
+
+def kinds(steps: list[dict]) -> list:
+    return [step["correct"] if step["kind"] == "solve" else step["verdict"] for step in steps]
+
+
+@pytest.mark.parametrize("wrong, k", [(0, 1), (1, 2), (2, 3), (3, 3), (4, 4), (5, 4)])
+def test_trials_of_five_samples_are_those_of_the_release(wrong, k):
+    assert behavior.trials(wrong, 5) == k
+
+
+def test_trials_of_other_sample_numbers_are_scaled():
+    assert [behavior.trials(wrong, 10) for wrong in (0, 2, 5, 10)] == [1, 2, 3, 4]
+
+
+def test_build_ends_in_the_right_answer_after_wrong_ones():
+    steps, _ = build("34", "31", "32", "33", "34")
+    assert kinds(steps) == [False, "incorrect", False, "incorrect", True, "correct"]
+    assert steps[-2]["text"] == r"The answer is \boxed{34}."
+
+
+def test_build_takes_wrong_answers_pairwise_distinct():
+    steps, counts = build("34", "31", "31.0", "31", "31")
+    assert kinds(steps) == [False, "incorrect", True, "correct"]
+    assert counts["problem: fewer distinct wrong answers than its difficulty asks for"] == 1
+
+
+def test_build_takes_at_most_k_trials():
+    steps, _ = build("34", "34", "34", "34", "31")
+    assert len(steps) == 4
+
+
+def test_build_without_a_right_sample_gives_nothing():
+    steps, counts = build("30", "31", "32", "33", "35")
+    assert steps is None and counts["problem: no right sample"] == 1
+
+
+def test_build_without_a_wrong_sample_has_one_trial():
+    steps, _ = build("34", "34", "34", "34", "34")
+    assert kinds(steps) == [True, "correct"]
+
+
+def test_build_drops_verifications_whose_verdict_is_untrue():
+    steps, counts = build("34", "31", verify=lambda problem, answer: (VERDICT_SENTENCE["correct"], "correct"))
+    assert kinds(steps) == [True, "correct"]
+    assert counts["verification: verdict does not match the truth"] == 1
+
+
+def test_build_drops_verifications_whose_text_says_something_else():
+    def unverified(problem: str, answer: str) -> tuple[str, str]:
+        return VERDICT_SENTENCE["unverified"], "incorrect" if answer != "34" else "correct"
+
+    steps, counts = build("34", "31", verify=unverified)
+    assert steps is None and counts["problem: no true verification of the right answer"] == 1
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"finished": False},
+        {"text": r"The answer is \boxed{31}." + "\n\nLet me try again. " + r"The answer is \boxed{34}."},
+    ],
+)
+def test_build_leaves_out_samples_that_are_not_one_whole_attempt(other):
+    steps, counts = build("34", "34", **other)
+    assert steps is None
+    assert counts["sample: unfinished, no answer, or more than one attempt"] == 2
+
+
+def test_build_counts_a_sample_without_an_answer_as_wrong():
+    steps, counts = build("34", None, None, None, "31")
+    assert kinds(steps) == [False, "incorrect", True, "correct"]
+    assert counts["problem: fewer distinct wrong answers than its difficulty asks for"] == 1
+
+
+def test_trajectories_subsample_the_classes():
+    samples = [row for i in range(400) for row in rows("34", "34" if i % 2 else "31", unique_id=str(i))]
+    examples, counts = behavior.trajectories(samples, toy.verify, seed=0, keep=(0.25, 1.0, 1.0, 1.0))
+    easy = [e for e in examples if len(e["trajectory"]) == 2]
+    assert len(examples) - len(easy) == 200
+    assert 30 <= len(easy) <= 70
+    assert counts["kept"] + counts["problem: left out to balance the classes, k = 1"] == 400
+
+
+def test_trajectories_of_one_seed_repeat_and_do_not_depend_on_other_problems():
+    samples = [row for i in range(20) for row in rows("34", "31", "32", "33", "35", unique_id=str(i))]
+    first, _ = behavior.trajectories(samples, toy.verify, seed=3)
+    again, _ = behavior.trajectories(samples, toy.verify, seed=3)
+    half, _ = behavior.trajectories(samples[50:], toy.verify, seed=3)
+    assert first == again
+    assert half == [e for e in first if int(e["unique_id"]) >= 10]
+
+
+def test_main_writes_a_file_that_train_sft_reads(tmp_path, capsys):
+    write_jsonl(tmp_path / "rollouts.jsonl", rows("34", "31", "32", "36", "34") + rows("1", "2", unique_id="hard"))
+    behavior.main(
+        [
+            "--rollouts",
+            str(tmp_path / "rollouts.jsonl"),
+            "--out",
+            str(tmp_path / "t.jsonl"),
+            "--keep",
+            "0",
+            "1",
+            "1",
+            "1",
+        ]
+    )
+    (example,) = load_trajectories(tmp_path / "t.jsonl")
+    assert len(example.trajectory) == 6 and example.answer == "34"
+    assert "problem: no right sample" in capsys.readouterr().out
+
+
+def test_main_without_any_trajectory_says_so_and_writes_nothing(tmp_path):
+    write_jsonl(tmp_path / "rollouts.jsonl", rows("1", "2"))
+    with pytest.raises(ValueError, match="no problem gives a trajectory"):
+        behavior.main(["--rollouts", str(tmp_path / "rollouts.jsonl"), "--out", str(tmp_path / "t.jsonl")])
+    assert not (tmp_path / "t.jsonl").exists()
+    assert read_jsonl(tmp_path / "rollouts.jsonl")

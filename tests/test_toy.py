@@ -1,0 +1,174 @@
+"""The toy world: its rule tells the truth, its test set is held out, its base model opens everywhere."""
+
+import random
+import re
+
+import pytest
+
+import s2r  # noqa: F401  (before torch)
+import torch
+from s2r import toy
+from s2r.data import load_problems
+from s2r.grade import equivalent
+from s2r.model import Transformer
+from s2r.tokenizer import Tokenizer
+from s2r.trajectory import RETRY_OPENING, VERIFY_OPENING, parse_verdict, prompt
+
+PROBLEM = "A taxi costs 48 plus 3 per mile, 270 in all. How many miles was the ride?"  # 74
+
+
+@pytest.mark.parametrize("answer, text", [
+    ("74", "3*70=210, 3*4=12, 210+12=222. 222+48=270. 270 to 270: 2=2, 7=7, 0=0, equal. Therefore, the answer is correct."),
+    ("64", "3*60=180, 3*4=12, 180+12=192. 192+48=240. 240 to 270: 2=2, 4<7, too small. Therefore, the answer is incorrect."),
+    ("80", "3*80=240. 240+48=288. 288 to 270: 2=2, 8>7, too big. Therefore, the answer is incorrect."),
+    ("5", "3*5=15. 15+48=63. 063 to 270: 0<2, too small. Therefore, the answer is incorrect."),
+    ("0", "3*0=0. 0+48=48. 048 to 270: 0<2, too small. Therefore, the answer is incorrect."),
+])
+def test_verify_substitutes_the_answer_back(answer, text):
+    assert toy.verify(PROBLEM, answer) == (text, "correct" if answer == "74" else "incorrect")
+
+
+@pytest.mark.parametrize("answer", [None, "", "x", "7 4", "-74", "7.5", "123456", "٧٤", r"\frac{74}{1}", "74\n"])
+def test_verify_takes_any_answer(answer):
+    text, verdict = toy.verify(PROBLEM, answer)
+    assert verdict == parse_verdict(text) == "incorrect"
+
+
+def test_verify_refuses_a_problem_of_another_world():
+    with pytest.raises(ValueError, match="not a problem of the toy world"):
+        toy.verify("What is 1+1?", "2")
+
+
+def test_verify_agrees_with_the_gold_answer_and_its_steps_are_true():
+    rng = random.Random(0)
+    for _ in range(500):
+        q = toy.question(rng)
+        answer = str(rng.choice((q.x, toy.near(rng, q.x), rng.randrange(1000))))
+        text, verdict = toy.verify(q.text, answer)
+        assert verdict == ("correct" if equivalent(answer, str(q.x)) else "incorrect") == parse_verdict(text)
+        for left, right in re.findall(r"(\d+[*+]\d+)=(\d+)", text):
+            p, sign, r = re.split(r"([*+])", left)
+            assert int(right) == (int(p) * int(r) if sign == "*" else int(p) + int(r))
+
+
+def test_write_problems_makes_files_that_load_and_do_not_overlap(tmp_path):
+    toy.write_problems(tmp_path, train=400, test=200, seed=1)
+    train, test = (load_problems(tmp_path / f"{name}.jsonl") for name in ("train", "test"))
+    assert (len(train), len(test)) == (400, 200)
+    assert len({p.problem for p in train + test}) == 600
+    assert {p.level for p in test} == set(toy.LEVELS)
+    for problems, held_out in ((train, False), (test, True)):
+        for problem in problems:
+            a, b, _ = numbers(problem.problem)
+            assert toy.held_out(a, b, int(problem.answer)) is held_out
+            assert toy.verify(problem.problem, problem.answer)[1] == "correct"
+
+
+def numbers(text: str) -> tuple[int, int, int]:
+    found = next(filter(None, (pattern.search(text) for pattern in toy.PATTERNS)))
+    return int(found["a"]), int(found["b"]), int(found["c"])
+
+
+def test_write_problems_repeats_with_its_seed(tmp_path):
+    for folder in ("one", "two"):
+        toy.write_problems(tmp_path / folder, train=50, test=50, seed=2)
+    for name in ("train.jsonl", "test.jsonl"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_documents_hold_no_test_question_and_no_verification():
+    rng = random.Random(0)
+    for _ in range(2000):
+        text = "".join(piece for piece, _ in toy.document(rng))
+        a, b, c = numbers(text)
+        assert (c - b) % a == 0 and not toy.held_out(a, b, (c - b) // a)
+        assert not re.search(r"Wait|recheck|Therefore|correct|try again", text)
+
+
+def test_documents_never_train_on_a_wrong_answer():
+    rng = random.Random(1)
+    for _ in range(500):
+        pieces = toy.document(rng)
+        a, b, c = numbers("".join(piece for piece, _ in pieces))
+        targets = [re.search(r"boxed\{(\d+)\}", piece) for piece, weight in pieces if weight]
+        assert [int(found[1]) for found in targets if found] == [(c - b) // a]
+
+
+def test_train_tokenizer_repeats_and_is_that_of_the_base_model(tmp_path):
+    toy.train_tokenizer(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / name).read_bytes() == (base_folder() / name).read_bytes()
+
+
+def base_folder():
+    from pathlib import Path
+    return Path(toy.__file__).with_name("toy_base")
+
+
+def test_tokenizer_gives_digits_and_words_a_token_each():
+    tokenizer = Tokenizer.from_pretrained(base_folder())
+    for text, tokens in (("3*70=210, 3*4", 12), (f"{VERIFY_OPENING} 7", 7), (f"{RETRY_OPENING} The", 5), (r"\boxed{42}.", 4)):
+        ids = tokenizer.encode(text)
+        assert len(ids) == tokens and tokenizer.decode(ids) == text
+
+
+def test_base_model_opens_in_transformers_with_the_same_prompt_and_logits():
+    transformers = pytest.importorskip("transformers")
+    folder = base_folder()
+    tokenizer = Tokenizer.from_pretrained(folder)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": PROBLEM}]
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert tokenizer.chat(messages) == expected == prompt(PROBLEM, tokenizer)
+    ids = torch.tensor(expected + tokenizer.encode(rf"The answer is \boxed{{74}}. {VERIFY_OPENING}"))
+    model = Transformer.from_pretrained(folder)
+    other = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        ours = model.logits(model(ids, torch.tensor([0, len(ids)])))
+        assert torch.allclose(ours, other(ids[None]).logits[0], atol=1e-4)
+    assert sum(p.numel() for p in model.parameters()) < 2_000_000
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 4 * 2**20
+
+
+def test_pretrain_makes_a_folder_that_loads_and_repeats(tmp_path):
+    for folder in ("one", "two"):
+        toy.pretrain(tmp_path / folder, steps=2, seed=0)
+    first, second = (Transformer.from_pretrained(tmp_path / folder) for folder in ("one", "two"))
+    for p, q in zip(first.parameters(), second.parameters()):
+        assert torch.equal(p, q) and p.isfinite().all()
+    assert Tokenizer.from_pretrained(tmp_path / "one").stop_ids == {first.config.hf["eos_token_id"]}
+
+
+def test_stages_make_what_later_stages_need():
+    made = set()
+    for output, (needs, command) in toy.stages("runs/toy", seed=0).items():
+        assert set(needs) <= made
+        made.add(output)
+    assert {toy.TRAIN, toy.TEST, toy.ROLLOUTS, toy.TRAJECTORIES, toy.SFT, toy.RL, toy.RL_PROCESS} <= made
+
+
+def test_ensure_runs_what_is_missing_once(tmp_path, monkeypatch):
+    folder, commands = str(tmp_path), []
+
+    class Done:
+        returncode = 0
+
+    def run(command):
+        commands.append(command[1:])
+        output = command[command.index("--out") + 1] if "--out" in command else None
+        for path in [output] if output else [f"{folder}/train.jsonl", f"{folder}/test.jsonl"]:
+            (tmp_path / path).write_text("made")
+        return Done()
+
+    monkeypatch.setattr(toy.subprocess, "run", run)
+    for _ in range(2):
+        toy.ensure(f"{folder}/trajectories.jsonl", folder)
+    assert [command[:2] for command in commands] == [["-m", "s2r.toy"], ["sample.py", "--data"], ["-m", "s2r.behavior"]]
+    toy.ensure("some/other/path", folder)
+    assert len(commands) == 3
+
+
+def test_ensure_reports_a_stage_that_fails(tmp_path):
+    (tmp_path / "train.jsonl").write_text("not a problem file\n")
+    with pytest.raises(ValueError, match="base.rollouts.jsonl failed"):
+        toy.ensure(f"{tmp_path}/base.rollouts.jsonl", str(tmp_path))
