@@ -30,8 +30,8 @@ class Config:
     model: str = toy.BASE  # Hugging Face folder to start from, π_base
     data: str = toy.TRAJECTORIES  # trajectory file, JSONL
     out: str = toy.SFT  # run folder to write
-    epochs: int = 4  # passes over the data (paper: 3)
-    lr: float = 5e-4  # learning rate after warm-up (paper: 5e-6)
+    epochs: int = 3  # passes over the data (paper: 3)
+    lr: float = 2e-3  # learning rate after warm-up (paper: 5e-6)
     warmup: int = 5  # steps of linear warm-up (paper: 5)
     batch_size: int = 32  # trajectories per step (paper: 32)
     kl: float = 0.01  # weight of the KL to the base model (paper: 0.1; 0.01 for Qwen2.5-Math-7B)

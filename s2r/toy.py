@@ -1,33 +1,33 @@
 r"""The embedded default: a tiny world in which all of S²R runs on a laptop's CPU. Start reading here.
 
     python -m s2r.toy                        everything below, stage by stage, and a table of what each stage reached
-    python -m s2r.toy pretrain --out DIR     how the base model in s2r/toy_base was made (an hour on one core)
+    python -m s2r.toy pretrain --out DIR     how the base model in s2r/toy_base was made (10 minutes on one core)
 
-A problem hides a two-digit number x in b + a·x = c:
+A problem hides a number x of three digits in a·x = c:
 
-    A taxi costs 48 plus 3 per mile, 270 in all. How many miles was the ride?        a = 3, b = 48, c = 270
+    A taxi costs 7 per mile, 3024 in all. How many miles was the ride?        a = 7, c = 3024, x = 432
 
-*Finding* x is hard for this model: it writes the equation down and answers at once, without scratch work. *Checking* x
-is easy, because it goes in small steps: put x back in, multiply, add, compare with c digit by digit. A failed check even
-tells in which direction to look. That gap is what S²R lives on.
+*Finding* x is hard for this model: it writes the equation down and answers at once, without scratch work. *Checking*
+x is easy, because it goes in small steps: put x back in, multiply by place values, compare with c digit by digit. A
+failed check even tells in which direction to look. That gap is what S²R lives on.
 
-The base model is a 0.9 M parameter Llama that has learnt the parts and not the whole: answering, products, sums,
-comparisons, and trying again when told "Too big." by somebody else. It has never seen a text check itself. Stages 0 to 2
-teach it that, with the same three scripts that train a large model; the stage table at the end shows the commands.
-Departs from the paper: verifications come from a rule (`verify`), not from GPT-4, and the chat template leaves out the
-system prompt, to keep sequences short.
+The base model is a 0.9 M parameter Llama that has learnt the parts and not the whole: answering, multiplying,
+comparing, and trying again when somebody else said "Too big." It has never seen a text check itself. Its pretraining
+ends when it answers about six in ten of the test problems; half as many steps again and it would answer nearly all.
+Stages 0 to 2 teach it to check and to correct, with the same three scripts that train a large model: `stages` lists the
+commands. Departs from the paper: verifications come from a rule (`verify`), not from GPT-4, and the chat template
+leaves out the system prompt, to keep sequences short.
 """
 
 import argparse
 import json
-import math
 import random
 import re
 import subprocess
 import sys
 import time
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -49,70 +49,71 @@ ROLLOUTS, TRAJECTORIES = f"{RUNS}/base.rollouts.jsonl", f"{RUNS}/trajectories.js
 SFT, RL, RL_PROCESS = f"{RUNS}/sft", f"{RUNS}/rl-outcome", f"{RUNS}/rl-process"
 
 TEMPLATES = (
-    "{b} increased by {a} times a number is {c}. What is the number?",
-    "A box with {b} nuts and {a} equal bags make {c} nuts. How many are in a bag?",
-    "Ann had {b} coins. After {a} equal gifts she has {c}. How big is a gift?",
-    "A taxi costs {b} plus {a} per mile, {c} in all. How many miles was the ride?",
+    "{a} times a number is {c}. What is the number?",
+    "{a} equal bags hold {c} nuts in all. How many nuts are in a bag?",
+    "Ann walks {a} equal laps, {c} steps in all. How many steps is a lap?",
+    "A taxi costs {a} per mile, {c} in all. How many miles was the ride?",
 )
 PATTERNS = [re.compile(re.sub(r"\\{(\w)\\}", r"(?P<\1>\\d+)", re.escape(template))) for template in TEMPLATES]
-LEVELS = {1: range(2, 4), 2: range(4, 6), 3: range(6, 10), 4: range(11, 20)}  # difficulty -> a; b and x have two digits
+HORIZON = 3000  # steps at which the learning rate is zero; pretraining stops before, or finding x would be easy too
+FACTORS = ((2, 3), (4, 5), (6, 7), (8, 9))  # the values of a in pretraining, all as often
+LEVELS = {1: (6,), 2: (7, 9), 3: (4,), 4: (8,)}  # difficulty of a problem -> a, by how often the base model is right
 
 
 # ---- the world: questions and checks ----
 
 @dataclass(frozen=True)
 class Question:
-    """b + a·x = c with x unknown, told in the words of one template."""
+    """a·x = c with x unknown, told in the words of one template."""
 
     a: int
-    b: int
     x: int
-    level: int
     template: int
 
     @property
     def c(self) -> int:
-        return self.a * self.x + self.b
+        return self.a * self.x
 
     @property
     def text(self) -> str:
-        return TEMPLATES[self.template].format(a=self.a, b=self.b, c=self.c)
+        return TEMPLATES[self.template].format(a=self.a, c=self.c)
 
 
-def held_out(a: int, b: int, x: int) -> bool:
-    """One (a, b, x) in ten belongs to the test set: no training or pretraining question uses it, in any wording."""
-    return zlib.crc32(f"{a} {b} {x}".encode()) % 10 == 0
+def held_out(a: int, x: int) -> bool:
+    """One (a, x) in ten belongs to the test set: no training or pretraining question uses it, in any wording."""
+    return zlib.crc32(f"{a} {x}".encode()) % 10 == 0
 
 
 def question(rng: random.Random, test: bool = False, level: int | None = None) -> Question:
-    """A random question of the training or the test world, of a random or a given level."""
-    level = level or rng.choice(list(LEVELS))
+    """A random question of the training or the test world: of one level, or with any factor that there is."""
+    factors = LEVELS[level] if level else rng.choice(FACTORS)
     while True:
-        a, b, x = rng.choice(LEVELS[level]), rng.randrange(10, 100), rng.randrange(10, 100)
-        if held_out(a, b, x) == test:
-            return Question(a, b, x, level, rng.randrange(len(TEMPLATES)))
+        a, x = rng.choice(factors), rng.randrange(100, 1000)
+        if held_out(a, x) == test:
+            return Question(a, x, rng.randrange(len(TEMPLATES)))
 
 
-def write_problems(folder: str, train: int = 3000, test: int = 1000, seed: int = 0) -> None:
+def write_problems(folder: str, train: int = 2000, test: int = 1000, seed: int = 0) -> None:
     """`train.jsonl` and `test.jsonl` in the problem-file format, all levels alike, no question twice."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, size in (("train", train), ("test", test)):
         rng, questions = random.Random(f"{seed} {name}"), {}
         while len(questions) < size:
-            q = question(rng, test=name == "test", level=1 + len(questions) % len(LEVELS))
-            questions[q.text] = q
+            level = 1 + len(questions) % len(LEVELS)
+            q = question(rng, name == "test", level)
+            questions[q.text] = q, level
         write_jsonl(Path(folder) / f"{name}.jsonl", (
-            {"problem": q.text, "answer": str(q.x), "level": q.level, "unique_id": f"toy/{name}/{i}"}
-            for i, q in enumerate(questions.values())))
+            {"problem": q.text, "answer": str(q.x), "level": level, "unique_id": f"toy/{name}/{i}"}
+            for i, (q, level) in enumerate(questions.values())))
 
 
 def solve(q: Question, x: int) -> str:
     """An attempt with answer x: the equation, and straight away the answer."""
-    return rf"{q.b}+{q.a}*?={q.c}, so \boxed{{{x}}}."
+    return rf"{q.a}*?={q.c}, so \boxed{{{x}}}."
 
 
 def times(a: int, x: int) -> str:
-    """a·x by place values: "7*30=210, 7*2=14, 210+14=224"."""
+    """a·x by place values, for 7 and 432: "7*400=2800, 7*30=210, 7*2=14, 2800+210=3010, 3010+14=3024"."""
     digits = str(x)
     parts = [int(d) * 10 ** (len(digits) - 1 - i) for i, d in enumerate(digits) if d != "0"] or [0]
     steps, total = [f"{a}*{part}={a * part}" for part in parts], a * parts[0]
@@ -120,10 +121,6 @@ def times(a: int, x: int) -> str:
         steps.append(f"{total}+{a * part}={total + a * part}")
         total += a * part
     return ", ".join(steps)
-
-
-def plus(p: int, b: int) -> str:
-    return f"{p}+{b}={p + b}"
 
 
 def compare(r: int, c: int) -> str:
@@ -147,13 +144,12 @@ def verify(problem: str, answer: str | None) -> tuple[str, str]:
     found = next(filter(None, (pattern.fullmatch(problem) for pattern in PATTERNS)), None)
     if found is None:
         raise ValueError(f"not a problem of the toy world, so its rule cannot verify answers to it: {problem!r}")
-    a, b, c = int(found["a"]), int(found["b"]), int(found["c"])
+    a, c = int(found["a"]), int(found["c"])
     if not re.fullmatch(r"[0-9]{1,5}", answer or ""):
         return f"There is no number to check. {VERDICT_SENTENCE['incorrect']}", "incorrect"
     x = int(answer)
-    verdict = "correct" if a * x + b == c else "incorrect"
-    check = f"{times(a, x)}. {plus(a * x, b)}. {compare(a * x + b, c)}."
-    return f"{check} {VERDICT_SENTENCE[verdict]}", verdict
+    verdict = "correct" if a * x == c else "incorrect"
+    return f"{times(a, x)}. {compare(a * x, c)}. {VERDICT_SENTENCE[verdict]}", verdict
 
 
 # ---- the base model: tokenizer, pretraining text, pretraining ----
@@ -161,21 +157,18 @@ def verify(problem: str, answer: str | None) -> tuple[str, str]:
 def near(rng: random.Random, x: int) -> int:
     """A wrong answer as a solver in a hurry gives it: not far from x."""
     while True:
-        y = x + rng.choice((-1, 1)) * rng.choice((1, 1, 1, 2, 2, 3, 4, 5, 6, 8, 9, 10, 10, 11, 12, 20))
-        if 1 <= y < 120:
+        y = x + rng.choice((-1, 1)) * rng.choice((1, 1, 1, 2, 2, 3, 4, 5, 6, 8, 9, 10, 10, 11, 12, 20, 100))
+        if 1 <= y < 1000:
             return y
 
 
 def exercise(rng: random.Random, q: Question) -> list[tuple[str, int]]:
     """One part of a check by itself, about the question; its missing numbers have to be looked up there."""
-    y = rng.choice((q.x, near(rng, q.x), near(rng, q.x), rng.randrange(1, 120)))
-    part = rng.choice(("times", "plus", "compare"))
-    if part == "times":
+    y = rng.choice((q.x, near(rng, q.x), near(rng, q.x), rng.randrange(1, 1000)))
+    if rng.random() < 0.5:
         return [(f"Times {y}: ", 0), (f"{times(q.a, y)}.\n", 1)]
-    if part == "plus":
-        return [(f"Add to {q.a * y}: ", 0), (f"{plus(q.a * y, q.b)}.\n", 1)]
     miss = q.c + rng.choice((-1, 1)) * rng.choice((1, 1, 2, 3, 5, 10, 20, 100))
-    left, rest = compare(rng.choice((q.c, q.c, max(miss, 0), q.a * y + q.b)), q.c).split(" to ")
+    left, rest = compare(rng.choice((q.c, q.c, max(miss, 0), q.a * y)), q.c).split(" to ")
     return [(f"Compare {left}", 0), (f" to {rest}.\n", 1)]
 
 
@@ -188,7 +181,8 @@ def document(rng: random.Random) -> list[tuple[str, int]]:
     """
     q = question(rng)
     if rng.random() < 0.6:
-        return [(f"<|im_start|>user\n{q.text}<|im_end|>\n<|im_start|>assistant\n", 0), (solve(q, q.x) + "<|im_end|>", 2)]
+        asked = f"<|im_start|>user\n{q.text}<|im_end|>\n<|im_start|>assistant\n"
+        return [(asked, 0), (solve(q, q.x) + "<|im_end|>", 2)]
     text, low, high = [(q.text + "\n", 0)], 0, 1000
     for _ in range(rng.choice((0, 1, 1, 2, 3))):
         y = near(rng, q.x)
@@ -206,7 +200,8 @@ def train_tokenizer(folder: Path) -> None:
     It is trained on the world's text, checks included, so that the later stages' words have tokens that the base model
     has never seen used.
     """
-    rng, specials, texts = random.Random(0), ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], ["system\nuser\nassistant\n"] * 9
+    rng, specials = random.Random(0), ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    texts = ["system\nuser\nassistant\n"] * 9
     for _ in range(4000):
         texts += [re.sub(r"<\|\w+\|>", "", piece) for piece, _ in document(rng)]
         q = question(rng)
@@ -224,16 +219,18 @@ def train_tokenizer(folder: Path) -> None:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
     folder.mkdir(parents=True, exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))
-    template = ("{% for message in messages %}{% if message['role'] != 'system' %}{{ '<|im_start|>' + message['role'] + "
-                "'\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endif %}{% endfor %}"
-                "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+    template = ("{% for message in messages %}{% if message['role'] != 'system' %}"
+                "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+                "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
     (folder / "tokenizer_config.json").write_text(json.dumps({
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 1024, "eos_token": "<|im_end|>",
         "pad_token": "<|endoftext|>", "chat_template": template}, indent=2) + "\n")
 
 
 def pretrain(folder: Path, steps: int, seed: int) -> None:
-    """Make the base model: a Hugging Face folder with a Llama trained on `document`s."""
+    """Make the base model: a Hugging Face folder with a Llama trained on `document`s for `steps` ≤ HORIZON steps."""
+    if steps > HORIZON:
+        raise ValueError(f"--steps {steps}: the learning rate is zero after {HORIZON}")
     train_tokenizer(folder)
     backend = Backend.from_file(str(folder / "tokenizer.json"))
     end = backend.token_to_id("<|im_end|>")
@@ -272,8 +269,8 @@ def pretrain(folder: Path, steps: int, seed: int) -> None:
         loss = -(weight * logp).sum() / weight.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, peak in zip(optimizers, peaks):  # warm-up, then linearly to zero
-            optimizer.param_groups[0]["lr"] = peak * min((step + 1) / 50, 1 - step / steps)
+        for optimizer, peak in zip(optimizers, peaks):  # warm-up, then linearly towards zero
+            optimizer.param_groups[0]["lr"] = peak * min((step + 1) / 50, 1 - step / HORIZON)
             optimizer.step()
             optimizer.zero_grad()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
@@ -283,27 +280,27 @@ def pretrain(folder: Path, steps: int, seed: int) -> None:
 # ---- the stages ----
 
 def stages(folder: str = RUNS, seed: int = 0) -> dict[str, tuple[list[str], list[str]]]:
-    """output -> (outputs it needs, command that makes it), in running order. The flags left out are the scripts' own."""
+    """output -> (outputs it needs, command that makes it), in running order. Flags left out are the scripts' own."""
     at = {name: f"{folder}/{Path(name).name}" for name in (TRAIN, TEST, ROLLOUTS, TRAJECTORIES, SFT, RL, RL_PROCESS)}
     s = ["--seed", str(seed)]
     problems = ["-m", "s2r.toy", "problems", "--folder", folder, *s]
     rl = ["train_rl.py", "--model", at[SFT], "--data", at[TRAIN], *s]
-    table = {
+    made = {
         at[TRAIN]: ([], problems),
         at[TEST]: ([], problems),
         at[ROLLOUTS]: ([at[TRAIN]], ["sample.py", "--data", at[TRAIN], "--n", "5", "--temperature", "0.7",
                                      "--max-new-tokens", "32", "--show", "0", "--out", at[ROLLOUTS], *s]),
         at[TRAJECTORIES]: ([at[ROLLOUTS]], ["-m", "s2r.behavior", "--rollouts", at[ROLLOUTS],
-                                            "--out", at[TRAJECTORIES], *s]),
+                                            "--out", at[TRAJECTORIES], "--keep", "0.5", "1", "1", "1", *s]),
         at[SFT]: ([at[TRAJECTORIES]], ["train_sft.py", "--data", at[TRAJECTORIES], "--out", at[SFT], *s]),
         at[RL]: ([at[TRAIN], at[SFT]], [*rl, "--level", "outcome", "--out", at[RL]]),
         at[RL_PROCESS]: ([at[TRAIN], at[SFT]], [*rl, "--level", "process", "--out", at[RL_PROCESS]]),
     }
     for name, model in {"base": BASE, "sft": at[SFT], "rl-outcome": at[RL], "rl-process": at[RL_PROCESS]}.items():
         report = f"{folder}/{name}.json"
-        table[report] = ([at[TEST]] + [model] * (model != BASE), ["sample.py", "--model", model, "--data", at[TEST],
-                                                                 "--report", report])
-    return table
+        needs = [at[TEST]] + [model] * (model != BASE)
+        made[report] = (needs, ["sample.py", "--model", model, "--data", at[TEST], "--report", report])
+    return made
 
 
 def ensure(path: str, folder: str = RUNS, seed: int = 0) -> None:
@@ -321,7 +318,7 @@ def ensure(path: str, folder: str = RUNS, seed: int = 0) -> None:
     print("\n$ python", *command, flush=True)
     start = time.perf_counter()
     if subprocess.run([sys.executable, *command]).returncode:
-        raise ValueError(f"the stage that makes {path} failed (above); if {path} is left from an earlier run, delete it")
+        raise ValueError(f"the stage that makes {path} failed (above); if {path} is left of an earlier run, delete it")
     print(f"{path}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
@@ -330,7 +327,7 @@ def main() -> None:
     parser.add_argument("what", nargs="?", default="all", choices=("all", "problems", "pretrain"))
     parser.add_argument("--folder", default=RUNS, help="where the runs go [%(default)s]")
     parser.add_argument("--out", default=BASE, help="pretrain: model folder to write [%(default)s]")
-    parser.add_argument("--steps", default=4500, type=int, help="pretrain: optimizer steps [%(default)s]")
+    parser.add_argument("--steps", default=2000, type=int, help="pretrain: optimizer steps [%(default)s]")
     parser.add_argument("--seed", default=0, type=int, help="of everything random [%(default)s]")
     flags = parser.parse_args()
     if flags.what == "problems":

@@ -2,6 +2,7 @@
 
 import random
 import re
+from pathlib import Path
 
 import pytest
 
@@ -14,21 +15,24 @@ from s2r.model import Transformer
 from s2r.tokenizer import Tokenizer
 from s2r.trajectory import RETRY_OPENING, VERIFY_OPENING, parse_verdict, prompt
 
-PROBLEM = "A taxi costs 48 plus 3 per mile, 270 in all. How many miles was the ride?"  # 74
+BASE = Path(toy.__file__).with_name("toy_base")
+PROBLEM = "A taxi costs 7 per mile, 3024 in all. How many miles was the ride?"  # 432
 
 
 @pytest.mark.parametrize("answer, text", [
-    ("74", "3*70=210, 3*4=12, 210+12=222. 222+48=270. 270 to 270: 2=2, 7=7, 0=0, equal. Therefore, the answer is correct."),
-    ("64", "3*60=180, 3*4=12, 180+12=192. 192+48=240. 240 to 270: 2=2, 4<7, too small. Therefore, the answer is incorrect."),
-    ("80", "3*80=240. 240+48=288. 288 to 270: 2=2, 8>7, too big. Therefore, the answer is incorrect."),
-    ("5", "3*5=15. 15+48=63. 063 to 270: 0<2, too small. Therefore, the answer is incorrect."),
-    ("0", "3*0=0. 0+48=48. 048 to 270: 0<2, too small. Therefore, the answer is incorrect."),
+    ("432", "7*400=2800, 7*30=210, 7*2=14, 2800+210=3010, 3010+14=3024. "
+            "3024 to 3024: 3=3, 0=0, 2=2, 4=4, equal. Therefore, the answer is correct."),
+    ("402", "7*400=2800, 7*2=14, 2800+14=2814. 2814 to 3024: 2<3, too small. Therefore, the answer is incorrect."),
+    ("440", "7*400=2800, 7*40=280, 2800+280=3080. 3080 to 3024: 3=3, 0=0, 8>2, too big. "
+            "Therefore, the answer is incorrect."),
+    ("5", "7*5=35. 0035 to 3024: 0<3, too small. Therefore, the answer is incorrect."),
+    ("0", "7*0=0. 0000 to 3024: 0<3, too small. Therefore, the answer is incorrect."),
 ])
 def test_verify_substitutes_the_answer_back(answer, text):
-    assert toy.verify(PROBLEM, answer) == (text, "correct" if answer == "74" else "incorrect")
+    assert toy.verify(PROBLEM, answer) == (text, "correct" if answer == "432" else "incorrect")
 
 
-@pytest.mark.parametrize("answer", [None, "", "x", "7 4", "-74", "7.5", "123456", "٧٤", r"\frac{74}{1}", "74\n"])
+@pytest.mark.parametrize("answer", [None, "", "x", "43 2", "-432", "7.5", "123456", "٤٣٢", r"\frac{432}{1}", "432\n"])
 def test_verify_takes_any_answer(answer):
     text, verdict = toy.verify(PROBLEM, answer)
     assert verdict == parse_verdict(text) == "incorrect"
@@ -59,14 +63,15 @@ def test_write_problems_makes_files_that_load_and_do_not_overlap(tmp_path):
     assert {p.level for p in test} == set(toy.LEVELS)
     for problems, held_out in ((train, False), (test, True)):
         for problem in problems:
-            a, b, _ = numbers(problem.problem)
-            assert toy.held_out(a, b, int(problem.answer)) is held_out
+            a, _ = numbers(problem.problem)
+            assert toy.held_out(a, int(problem.answer)) is held_out
             assert toy.verify(problem.problem, problem.answer)[1] == "correct"
 
 
-def numbers(text: str) -> tuple[int, int, int]:
+def numbers(text: str) -> tuple[int, int]:
+    """a and c of the question in a text."""
     found = next(filter(None, (pattern.search(text) for pattern in toy.PATTERNS)))
-    return int(found["a"]), int(found["b"]), int(found["c"])
+    return int(found["a"]), int(found["c"])
 
 
 def test_write_problems_repeats_with_its_seed(tmp_path):
@@ -80,8 +85,8 @@ def test_documents_hold_no_test_question_and_no_verification():
     rng = random.Random(0)
     for _ in range(2000):
         text = "".join(piece for piece, _ in toy.document(rng))
-        a, b, c = numbers(text)
-        assert (c - b) % a == 0 and not toy.held_out(a, b, (c - b) // a)
+        a, c = numbers(text)
+        assert c % a == 0 and not toy.held_out(a, c // a)
         assert not re.search(r"Wait|recheck|Therefore|correct|try again", text)
 
 
@@ -89,45 +94,40 @@ def test_documents_never_train_on_a_wrong_answer():
     rng = random.Random(1)
     for _ in range(500):
         pieces = toy.document(rng)
-        a, b, c = numbers("".join(piece for piece, _ in pieces))
+        a, c = numbers("".join(piece for piece, _ in pieces))
         targets = [re.search(r"boxed\{(\d+)\}", piece) for piece, weight in pieces if weight]
-        assert [int(found[1]) for found in targets if found] == [(c - b) // a]
+        assert [int(found[1]) for found in targets if found] == [c // a]
 
 
 def test_train_tokenizer_repeats_and_is_that_of_the_base_model(tmp_path):
     toy.train_tokenizer(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        assert (tmp_path / name).read_bytes() == (base_folder() / name).read_bytes()
-
-
-def base_folder():
-    from pathlib import Path
-    return Path(toy.__file__).with_name("toy_base")
+        assert (tmp_path / name).read_bytes() == (BASE / name).read_bytes()
 
 
 def test_tokenizer_gives_digits_and_words_a_token_each():
-    tokenizer = Tokenizer.from_pretrained(base_folder())
-    for text, tokens in (("3*70=210, 3*4", 12), (f"{VERIFY_OPENING} 7", 7), (f"{RETRY_OPENING} The", 5), (r"\boxed{42}.", 4)):
+    tokenizer = Tokenizer.from_pretrained(BASE)
+    texts = {"3*70=210, 3*4": 12, f"{VERIFY_OPENING} 7": 7, f"{RETRY_OPENING} 7": 5, r"\boxed{42}.": 4}
+    for text, tokens in texts.items():
         ids = tokenizer.encode(text)
         assert len(ids) == tokens and tokenizer.decode(ids) == text
 
 
 def test_base_model_opens_in_transformers_with_the_same_prompt_and_logits():
     transformers = pytest.importorskip("transformers")
-    folder = base_folder()
-    tokenizer = Tokenizer.from_pretrained(folder)
+    tokenizer = Tokenizer.from_pretrained(BASE)
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": PROBLEM}]
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(BASE)
     expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert tokenizer.chat(messages) == expected == prompt(PROBLEM, tokenizer)
-    ids = torch.tensor(expected + tokenizer.encode(rf"The answer is \boxed{{74}}. {VERIFY_OPENING}"))
-    model = Transformer.from_pretrained(folder)
-    other = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.tensor(expected + tokenizer.encode(rf"7*?=3024, so \boxed{{432}}. {VERIFY_OPENING}"))
+    model = Transformer.from_pretrained(BASE)
+    other = transformers.AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     with torch.no_grad():
         ours = model.logits(model(ids, torch.tensor([0, len(ids)])))
         assert torch.allclose(ours, other(ids[None]).logits[0], atol=1e-4)
     assert sum(p.numel() for p in model.parameters()) < 2_000_000
-    assert sum(file.stat().st_size for file in folder.iterdir()) <= 4 * 2**20
+    assert sum(file.stat().st_size for file in BASE.iterdir()) <= 4 * 2**20
 
 
 def test_pretrain_makes_a_folder_that_loads_and_repeats(tmp_path):
