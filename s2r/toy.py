@@ -340,6 +340,11 @@ def main() -> None:
         reports = [Path(output) for output in stages(flags.folder) if output.endswith(".json")]
         print(f"\n{TEST}, greedy; shares in per cent (meaning of the columns: s2r/metrics.py)\n")
         print(table({report.stem: json.loads(report.read_text()) for report in reports}))
+        for run in (RL, RL_PROCESS):
+            log = (Path(flags.folder) / Path(run).name / "log.jsonl").read_text().splitlines()
+            rewards = [json.loads(row)["reward"] for row in log]
+            first, last = sum(rewards[:10]) / 10, sum(rewards[-10:]) / 10
+            print(f"\n{Path(run).name}: mean reward {first:.3f} in the first ten steps, {last:.3f} in the last ten")
 
 
 if __name__ == "__main__":
