@@ -12,7 +12,7 @@ Called by `s2r/rl.py` (policy, reference) and `train_sft.py`.
 
 import torch
 
-CHUNK_ELEMENTS = 2**24  # logits of one chunk: 64 MB in fp32; larger is no faster on a CPU, smaller wastes the matmul
+CHUNK_ELEMENTS = 2**22  # logits of one chunk, 16 MB in fp32; two or three such buffers are alive at a time
 
 
 def token_logp(
@@ -70,15 +70,19 @@ class _Head(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         for chunk in _chunks(hidden.shape[0], weight.shape[0]):
             log_p = _log_softmax(hidden[chunk], weight, ctx.temperature)  # (t, V)
-            p = log_p.exp()
-            grad_z = p * -grad_logp[chunk, None]
-            grad_z.scatter_add_(1, targets[chunk, None], grad_logp[chunk, None])
-            if hidden_ref is not None:
+            if hidden_ref is None:
+                grad_z = log_p.exp_().mul_(-grad_logp[chunk, None])
+            else:
+                p = log_p.exp()
                 log_p -= _log_softmax(hidden_ref[chunk], weight_ref, ctx.temperature)
-                grad_z += p.mul_(log_p.sub_(kl[chunk, None])).mul_(grad_kl[chunk, None])
-            grad_z = (grad_z / ctx.temperature).to(hidden.dtype)
+                grad_z = log_p.sub_(kl[chunk, None]).mul_(grad_kl[chunk, None]).sub_(grad_logp[chunk, None]).mul_(p)
+            grad_z.scatter_add_(1, targets[chunk, None], grad_logp[chunk, None])
+            grad_z = grad_z.div_(ctx.temperature).to(hidden.dtype)
             grad_hidden[chunk] = grad_z @ weight
-            grad_weight += grad_z.T @ hidden[chunk]
+            if hidden.dtype == torch.float32:
+                grad_weight.addmm_(grad_z.T, hidden[chunk])  # in place: a second (V, D) would be the largest buffer
+            else:
+                grad_weight += grad_z.T @ hidden[chunk]  # products in bf16, their sum in fp32
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
 
 
