@@ -76,7 +76,9 @@ def main(cfg: Config) -> None:
         epoch, at = divmod(step - 1, per_epoch)
         batch = runtime.order(len(sequences), cfg.seed, epoch)[at * cfg.batch_size :][: cfg.batch_size]
         packs = pack([sequences[i] for i in batch], [scored[i] for i in batch], cfg.tokens_per_microbatch, device)
-        tokens = sum(len(p.scored) for p in packs)  # of the whole batch, so micro-batches do not change the gradient
+        # Departs from the paper: (1) divided by the target tokens of the batch, not by its trajectories. Counted over the
+        # whole batch, so that micro-batches do not change the gradient.
+        tokens = sum(len(p.scored) for p in packs)
 
         nll = kl = 0.0
         for p in packs:

@@ -7,7 +7,7 @@ With z = h·Wᵀ/τ the logits of one token, target y and p = softmax(z):
 
 Both directions walk over chunks of tokens and keep one chunk of logits alive; the backward computes it again instead
 of saving it. At T = 8,192 and V = 151,936 the logits in fp32 would take 5 GB, with their gradient 10 GB.
-Called by `s2r/rl.py` (policy, reference) and `train_sft.py`.
+Called by `s2r/packing.py` (policy and reference of the RL step) and `train_sft.py`.
 """
 
 import torch
