@@ -6,3 +6,15 @@
 
 Nothing here knows of S²R. Dimension letters are those of `s2r/__init__.py`.
 """
+
+try:  # Triton comes with PyTorch for CUDA; without it (macOS, Windows) the kernels are never called, only imported
+    import triton
+    import triton.language as tl
+
+    jit = triton.jit
+except ImportError:
+    triton = tl = None
+
+    def jit(kernel):
+        """Stands in for `triton.jit`, so that files with kernels can be imported."""
+        return kernel
