@@ -1,23 +1,41 @@
-"""Causal attention over packed sequences (training, prefill) and over a slot cache (decoding).
+r"""Causal attention over packed sequences (training, prefill) and over a slot cache (decoding).
 
 A packed batch lays S sequences end to end in one flat array of T tokens; `cu_seqlens` holds the S + 1 borders:
 
     tokens       a a a a b b c c c
     cu_seqlens   0       4   6     9
 
-No token sees another sequence, so there is nothing to pad and no mask to store. Called by `s2r/model.py`.
+No token sees another sequence, so there is nothing to pad and no mask to store. On a GPU the Triton kernels below run,
+elsewhere their PyTorch twins. Called by `s2r/model.py`.
+
+Maths, for one head, σ = 1/√E, causal inside each sequence:
+
+    forward    s_ij = σ·q_i·k_j      l_i = log Σ_j e^(s_ij)      p_ij = e^(s_ij − l_i)      o_i = Σ_j p_ij·v_j
+    backward   δ_i = o_i·do_i        dp_ij = do_i·v_j            ds_ij = p_ij·(dp_ij − δ_i)
+               dq_i = σ·Σ_j ds_ij·k_j      dk_j = σ·Σ_i ds_ij·q_i      dv_j = Σ_i p_ij·do_i
+
+The (T, T) scores never leave the chip. The forward pass walks over blocks of keys and keeps, per query, the largest
+score so far m, the sum of e^(s − m), and the output so far; when a later block raises m, the last two are scaled down
+(online softmax, arXiv 1805.02867). It saves one number per query and head, l; the backward pass computes s again from q
+and k, gets p from l, and so needs no (T, T) array either (FlashAttention, arXiv 2205.14135). Saved for the backward:
+q, k, v, o and l, that is O(T); a stored p would be 8 GB for 32 heads and one sequence of 8,192 tokens in fp32.
+
+Grid: one program per block of queries (forward, dq) or of keys (dk, dv) and head. Blocks beyond the diagonal are never
+loaded, and only those on it are masked. Exponents are to base 2, with log2(e) folded into the scale, because the chip
+computes 2^x and has to multiply for e^x; the saved l is to base 2 as well.
 """
+
+from __future__ import annotations  # tl.constexpr stays a word where triton is not installed
+
+import math
 
 import torch
 import torch.nn.functional as F
 
+from kernels import jit, tl, triton
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """Causal softmax(q·kᵀ/√E)·v inside each sequence of a pack; query head h reads key/value head h // (H/G).
 
-    q (T, H, E), k and v (T, G, E), one floating dtype; cu_seqlens (S+1,) integer, first 0, last T. Returns (T, H, E).
-    """
-    return attention_torch(q, k, v, cu_seqlens)
+# ---- packed sequences: the PyTorch twin ----
 
 
 def attention_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
@@ -32,15 +50,282 @@ def attention_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlen
     return torch.cat(out, dim=1).transpose(0, 1)  # (T, H, E)
 
 
-def decode_attention(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor
-) -> torch.Tensor:
-    """Attention of one new token per row over that row's cache, its own key and value included.
+# ---- packed sequences: Triton ----
 
-    q (S, H, E); k_cache and v_cache (S, C, G, E), of which row s holds `lengths[s]` tokens; lengths (S,) integer, ≥ 1.
-    Returns (S, H, E).
+
+@jit
+def _find_block(cu_seqlens, sequences, number, BLOCK: tl.constexpr):
+    """The block of this number as (first token of its sequence, length of the sequence, place of the block in it).
+
+    Sequence s owns the numbers from cu_seqlens[s] // BLOCK + s on. That is room enough for its blocks, the last of
+    them partial, and nothing has to be counted beforehand: the price is a few numbers without a block, whose place
+    lies beyond their sequence's length.
     """
-    return decode_attention_torch(q, k_cache, v_cache, lengths)
+    low, high = 0, sequences
+    while high - low > 1:  # the last sequence that starts at or before `number`
+        middle = (low + high) // 2
+        if tl.load(cu_seqlens + middle) // BLOCK + middle <= number:
+            low = middle
+        else:
+            high = middle
+    start = tl.load(cu_seqlens + low).to(tl.int64)  # 64 bits: start times stride passes 2^31 in a long pack
+    length = (tl.load(cu_seqlens + low + 1) - start).to(tl.int32)
+    return start, length, ((number - start // BLOCK - low) * BLOCK).to(tl.int32)
+
+
+@jit
+def _load_tile(base, stride, rows, length, columns, E: tl.constexpr, BLOCK_E: tl.constexpr, PARTIAL: tl.constexpr):
+    """A (rows, BLOCK_E) tile, zero beyond column E (head widths that are no power of two) and, if PARTIAL, row length."""
+    at = base + rows[:, None] * stride + columns[None, :]
+    if PARTIAL:
+        return tl.load(at, mask=(rows < length)[:, None] & (columns < E)[None, :], other=0.0)
+    elif E < BLOCK_E:
+        return tl.load(at, mask=(columns < E)[None, :], other=0.0)
+    else:
+        return tl.load(at)
+
+
+@jit
+def _attend(
+    acc, m, total, q, k, v, stride_k, stride_v, low, high, length, rows, columns, scale,
+    E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, DIAGONAL: tl.constexpr,
+):  # fmt: skip
+    """Online softmax of the queries `rows` over keys low … high; acc (BLOCK_Q, BLOCK_E), m and total (BLOCK_Q,) fp32."""
+    for first in range(low, high, BLOCK_K):
+        keys = first + tl.arange(0, BLOCK_K)  # (BLOCK_K,)
+        k_tile = _load_tile(k, stride_k, keys, length, columns, E, BLOCK_E, DIAGONAL)  # (BLOCK_K, BLOCK_E)
+        s = tl.dot(q, tl.trans(k_tile), input_precision="tf32x3") * scale  # (BLOCK_Q, BLOCK_K), to base 2
+        if DIAGONAL:
+            s = tl.where(rows[:, None] >= keys[None, :], s, -float("inf"))  # keys beyond the length are later than all
+        m_new = tl.maximum(m, tl.max(s, 1))  # finite: key `low` is seen by every row
+        p = tl.exp2(s - m_new[:, None])
+        shrink = tl.exp2(m - m_new)
+        total = total * shrink + tl.sum(p, 1)
+        v_tile = _load_tile(v, stride_v, keys, length, columns, E, BLOCK_E, DIAGONAL)
+        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision="tf32x3")
+        m = m_new
+    return acc, m, total
+
+
+@jit
+def _forward_kernel(
+    q, k, v, out, lse, cu_seqlens, sequences, T, scale,
+    stride_qt, stride_qh, stride_kt, stride_kg, stride_vt, stride_vg,
+    H: tl.constexpr, GROUP: tl.constexpr, E: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Program (h, n) owns the BLOCK_Q queries of block n in head h: writes their rows of out (T, H, E), lse (H, T)."""
+    head = tl.program_id(0)
+    # Backwards: the last blocks of a sequence see the most keys, and the longest work should start first.
+    start, length, first = _find_block(cu_seqlens, sequences, tl.num_programs(1) - 1 - tl.program_id(1), BLOCK_Q)
+    if first < length:
+        rows, columns = first + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_E)
+        k += start * stride_kt + (head // GROUP) * stride_kg
+        v += start * stride_vt + (head // GROUP) * stride_vg
+        q_tile = _load_tile(q + start * stride_qt + head * stride_qh, stride_qt, rows, length, columns, E, BLOCK_E, True)
+        scale_2 = scale * 1.4426950408889634  # times log2(e)
+        acc = tl.zeros((BLOCK_Q, BLOCK_E), tl.float32)
+        m = tl.full((BLOCK_Q,), -float("inf"), tl.float32)
+        total = tl.zeros((BLOCK_Q,), tl.float32)
+        acc, m, total = _attend(  # keys that all of these queries see
+            acc, m, total, q_tile, k, v, stride_kt, stride_vt, 0, first, length, rows, columns,
+            scale_2, E, BLOCK_E, BLOCK_K, False,
+        )  # fmt: skip
+        acc, m, total = _attend(  # the diagonal
+            acc, m, total, q_tile, k, v, stride_kt, stride_vt, first, tl.minimum(first + BLOCK_Q, length), length,
+            rows, columns, scale_2, E, BLOCK_E, BLOCK_K, True,
+        )  # fmt: skip
+        at = out + ((start + rows) * H + head)[:, None] * E + columns[None, :]
+        kept = (rows < length)[:, None] & (columns < E)[None, :]
+        tl.store(at, (acc / total[:, None]).to(out.dtype.element_ty), mask=kept)
+        tl.store(lse + head * T + start + rows, m + tl.log2(total), mask=rows < length)
+
+
+@jit
+def _grad_q(
+    dq, q, do, lse_row, delta, k, v, stride_k, stride_v, low, high, length, rows, columns, scale,
+    E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, DIAGONAL: tl.constexpr,
+):  # fmt: skip
+    """Σ_j ds_ij·k_j of the queries `rows` over keys low … high, added to dq (BLOCK_Q, BLOCK_E) fp32."""
+    for first in range(low, high, BLOCK_K):
+        keys = first + tl.arange(0, BLOCK_K)  # (BLOCK_K,)
+        k_tile = _load_tile(k, stride_k, keys, length, columns, E, BLOCK_E, DIAGONAL)  # (BLOCK_K, BLOCK_E)
+        v_tile = _load_tile(v, stride_v, keys, length, columns, E, BLOCK_E, DIAGONAL)
+        p = tl.exp2(tl.dot(q, tl.trans(k_tile), input_precision="tf32x3") * scale - lse_row[:, None])
+        if DIAGONAL:
+            p = tl.where(rows[:, None] >= keys[None, :], p, 0.0)
+        dp = tl.dot(do, tl.trans(v_tile), input_precision="tf32x3")  # (BLOCK_Q, BLOCK_K)
+        ds = p * (dp - delta[:, None])
+        dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision="tf32x3")
+    return dq
+
+
+@jit
+def _backward_q_kernel(
+    q, k, v, out, grad_out, lse, delta, grad_q, cu_seqlens, sequences, T, scale,
+    stride_qt, stride_qh, stride_kt, stride_kg, stride_vt, stride_vg,
+    H: tl.constexpr, GROUP: tl.constexpr, E: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Program (h, n) owns the BLOCK_Q queries of block n in head h: writes grad_q (T, H, E) and delta (H, T) there."""
+    head = tl.program_id(0)
+    start, length, first = _find_block(cu_seqlens, sequences, tl.num_programs(1) - 1 - tl.program_id(1), BLOCK_Q)
+    if first < length:
+        rows, columns = first + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_E)
+        k += start * stride_kt + (head // GROUP) * stride_kg
+        v += start * stride_vt + (head // GROUP) * stride_vg
+        q_tile = _load_tile(q + start * stride_qt + head * stride_qh, stride_qt, rows, length, columns, E, BLOCK_E, True)
+        here = (start * H + head) * E  # out, grad_out and grad_q are contiguous
+        o_tile = _load_tile(out + here, H * E, rows, length, columns, E, BLOCK_E, True)
+        do_tile = _load_tile(grad_out + here, H * E, rows, length, columns, E, BLOCK_E, True)
+        row = head * T + start + rows
+        delta_row = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)  # (BLOCK_Q,)
+        tl.store(delta + row, delta_row, mask=rows < length)  # for the kernel of dk and dv
+        lse_row = tl.load(lse + row, mask=rows < length, other=0.0)  # (BLOCK_Q,)
+        scale_2 = scale * 1.4426950408889634  # times log2(e)
+        dq = tl.zeros((BLOCK_Q, BLOCK_E), tl.float32)
+        dq = _grad_q(
+            dq, q_tile, do_tile, lse_row, delta_row, k, v, stride_kt, stride_vt, 0, first, length, rows, columns,
+            scale_2, E, BLOCK_E, BLOCK_K, False,
+        )  # fmt: skip
+        dq = _grad_q(
+            dq, q_tile, do_tile, lse_row, delta_row, k, v, stride_kt, stride_vt, first,
+            tl.minimum(first + BLOCK_Q, length), length, rows, columns, scale_2, E, BLOCK_E, BLOCK_K, True,
+        )  # fmt: skip
+        at = grad_q + here + rows[:, None] * (H * E) + columns[None, :]
+        kept = (rows < length)[:, None] & (columns < E)[None, :]
+        tl.store(at, (dq * scale).to(grad_q.dtype.element_ty), mask=kept)
+
+
+@jit
+def _grad_kv(
+    dk, dv, k, v, q, do, lse, delta, stride_q, stride_do, low, high, length, keys, columns, scale,
+    E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_Q: tl.constexpr, DIAGONAL: tl.constexpr,
+):  # fmt: skip
+    """Σ_i ds_ij·q_i and Σ_i p_ij·do_i of the keys `keys` over queries low … high, added to dk, dv (BLOCK_K, BLOCK_E).
+
+    Rows of queries beyond the length are read as zeros: they add p·do = 0 and ds·q = 0.
+    """
+    for first in range(low, high, BLOCK_Q):
+        rows = first + tl.arange(0, BLOCK_Q)  # (BLOCK_Q,)
+        q_tile = _load_tile(q, stride_q, rows, length, columns, E, BLOCK_E, True)  # (BLOCK_Q, BLOCK_E)
+        do_tile = _load_tile(do, stride_do, rows, length, columns, E, BLOCK_E, True)
+        lse_row = tl.load(lse + rows, mask=rows < length, other=0.0)
+        delta_row = tl.load(delta + rows, mask=rows < length, other=0.0)
+        # Everything is transposed, a row per key, so that the two sums run along the rows of a dot.
+        p = tl.exp2(tl.dot(k, tl.trans(q_tile), input_precision="tf32x3") * scale - lse_row[None, :])  # (BLOCK_K, BLOCK_Q)
+        if DIAGONAL:
+            p = tl.where(rows[None, :] >= keys[:, None], p, 0.0)
+        dv = tl.dot(p.to(do_tile.dtype), do_tile, dv, input_precision="tf32x3")
+        dp = tl.dot(v, tl.trans(do_tile), input_precision="tf32x3")
+        ds = p * (dp - delta_row[None, :])
+        dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="tf32x3")
+    return dk, dv
+
+
+@jit
+def _backward_kv_kernel(
+    q, k, v, grad_out, lse, delta, grad_k, grad_v, cu_seqlens, sequences, T, scale,
+    stride_qt, stride_qh, stride_kt, stride_kg, stride_vt, stride_vg,
+    H: tl.constexpr, GROUP: tl.constexpr, E: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Program (g, n) owns the BLOCK_K keys of block n in key head g: writes their rows of grad_k, grad_v (T, G, E).
+
+    It goes through all the query heads that share the key head, so the sum over them needs no second pass.
+    """
+    g = tl.program_id(0)
+    # Forwards: the first blocks of a sequence are seen by the most queries.
+    start, length, first = _find_block(cu_seqlens, sequences, tl.program_id(1), BLOCK_K)
+    if first < length:
+        keys, columns = first + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_E)
+        k_tile = _load_tile(k + start * stride_kt + g * stride_kg, stride_kt, keys, length, columns, E, BLOCK_E, True)
+        v_tile = _load_tile(v + start * stride_vt + g * stride_vg, stride_vt, keys, length, columns, E, BLOCK_E, True)
+        scale_2 = scale * 1.4426950408889634  # times log2(e)
+        dk = tl.zeros((BLOCK_K, BLOCK_E), tl.float32)
+        dv = tl.zeros((BLOCK_K, BLOCK_E), tl.float32)
+        below = tl.minimum(first + BLOCK_K, length)  # from here on every query sees all of these keys
+        for head in range(g * GROUP, (g + 1) * GROUP):
+            q_head = q + start * stride_qt + head * stride_qh
+            do_head = grad_out + (start * H + head) * E
+            row = head * T + start
+            dk, dv = _grad_kv(
+                dk, dv, k_tile, v_tile, q_head, do_head, lse + row, delta + row, stride_qt, H * E, first, below, length,
+                keys, columns, scale_2, E, BLOCK_E, BLOCK_Q, True,
+            )  # fmt: skip
+            dk, dv = _grad_kv(
+                dk, dv, k_tile, v_tile, q_head, do_head, lse + row, delta + row, stride_qt, H * E, below, length, length,
+                keys, columns, scale_2, E, BLOCK_E, BLOCK_Q, False,
+            )  # fmt: skip
+        at = ((start + keys) * (H // GROUP) + g)[:, None] * E + columns[None, :]
+        kept = (keys < length)[:, None] & (columns < E)[None, :]
+        tl.store(grad_k + at, (dk * scale).to(grad_k.dtype.element_ty), mask=kept)
+        tl.store(grad_v + at, dv.to(grad_v.dtype.element_ty), mask=kept)
+
+
+def _tiles(E: int, dtype: torch.dtype) -> tuple[int, dict[str, tuple[int, int, int, int]]]:
+    """BLOCK_E, and per kernel its (BLOCK_Q, BLOCK_K, num_warps, num_stages), for head width E.
+
+    A tile of queries stays while tiles of keys stream by (in `dk, dv` the other way round). The larger it is, the
+    fewer times k and v are read; its accumulators, (BLOCK_Q, BLOCK_E) fp32, have to stay in registers. `forward` and
+    `dq` need BLOCK_Q, `dk, dv` needs BLOCK_K to be a multiple of the other.
+    """
+    BLOCK_E = max(16, triton.next_power_of_2(E))
+    if dtype == torch.float32:  # a dot is three TF32 dots here, and twice the bytes: for tests and debugging
+        side = 32 if BLOCK_E <= 128 else 16
+        return BLOCK_E, dict.fromkeys(("forward", "dq", "dk, dv"), (side, side, 8, 1))
+    if BLOCK_E <= 64:
+        return BLOCK_E, {"forward": (128, 64, 8, 3), "dq": (128, 64, 8, 2), "dk, dv": (64, 128, 8, 2)}
+    if BLOCK_E == 128:
+        return BLOCK_E, {"forward": (128, 64, 8, 2), "dq": (128, 64, 8, 2), "dk, dv": (32, 128, 8, 2)}
+    return BLOCK_E, {"forward": (64, 64, 8, 2), "dq": (64, 32, 8, 2), "dk, dv": (32, 32, 8, 2)}
+
+
+def _launch(kernel, name: str, heads: int, q, k, v, others: tuple[torch.Tensor, ...], cu_seqlens) -> None:
+    """Run one of the three kernels, with `others` between v and cu_seqlens, on every block of every head."""
+    (T, H, E), G, S = q.shape, k.shape[1], len(cu_seqlens) - 1
+    BLOCK_E, tiles = _tiles(E, q.dtype)
+    BLOCK_Q, BLOCK_K, warps, stages = tiles[name]
+    blocks = T // (BLOCK_K if name == "dk, dv" else BLOCK_Q) + S  # as many as `_find_block` gives out
+    with torch.cuda.device_of(q):
+        kernel[heads, blocks](
+            q, k, v, *others, cu_seqlens, S, T, 1 / math.sqrt(E), *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+            H=H, GROUP=H // G, E=E, BLOCK_E=BLOCK_E, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, num_warps=warps,
+            num_stages=stages,
+        )  # fmt: skip
+
+
+class _Attention(torch.autograd.Function):
+    """Forward and backward of `attention` by the kernels above."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, cu_seqlens):
+        q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+        T, H, _ = q.shape
+        out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(H, T, dtype=torch.float32)
+        _launch(_forward_kernel, "forward", H, q, k, v, (out, lse), cu_seqlens)
+        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
+        grad_out, delta = grad_out.contiguous(), torch.empty_like(lse)
+        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+        _launch(_backward_q_kernel, "dq", q.shape[1], q, k, v, (out, grad_out, lse, delta, grads[0]), cu_seqlens)
+        _launch(_backward_kv_kernel, "dk, dv", k.shape[1], q, k, v, (grad_out, lse, delta, *grads[1:]), cu_seqlens)
+        return *grads, None
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """Causal softmax(q·kᵀ/√E)·v inside each sequence of a pack; query head h reads key/value head h // (H/G).
+
+    q (T, H, E), k and v (T, G, E), one floating dtype; cu_seqlens (S+1,) integer, first 0, last T. Returns (T, H, E).
+    """
+    return _Attention.apply(q, k, v, cu_seqlens) if q.is_cuda else attention_torch(q, k, v, cu_seqlens)
+
+
+# ---- slot cache: one new token per row ----
 
 
 def decode_attention_torch(
@@ -56,3 +341,104 @@ def decode_attention_torch(
         filled = (torch.arange(longest, device=q.device) < lengths[:, None])[:, None, None]  # (S, 1, 1, C)
     out = F.scaled_dot_product_attention(q.view(S, G, H // G, E), k, v, attn_mask=filled)  # (S, G, H/G, E)
     return out.reshape(S, H, E)
+
+
+@jit
+def _decode_kernel(
+    q, k, v, out, partial, lse, lengths, scale,
+    stride_ks, stride_kc, stride_kg, stride_vs, stride_vc, stride_vg,
+    H: tl.constexpr, GROUP: tl.constexpr, E: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Program (g, s, n) owns part n of the cache of row s, and the query heads that share key head g.
+
+    With one part it writes their rows of out (S, H, E). With more it writes what those keys alone would give: partial
+    (S, H, SPLITS, E) and lse (S, H, SPLITS) to base 2, both fp32; lse is −inf where a short row leaves a part empty.
+    """
+    g, row, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    length = tl.load(lengths + row).to(tl.int32)  # read here, on the device: a CUDA graph may replay with other lengths
+    share = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_K) * BLOCK_K
+    low = split * share
+    high = tl.minimum(low + share, length)
+    scale_2 = scale * 1.4426950408889634  # times log2(e)
+    heads, columns = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_E)  # a dot wants 16 rows or more: some stay unused
+    kept = (heads < GROUP)[:, None] & (columns < E)[None, :]
+    row_head = row * H + g * GROUP + heads  # (BLOCK_H,)
+    q_tile = tl.load(q + row_head[:, None] * E + columns[None, :], mask=kept, other=0.0)  # (BLOCK_H, BLOCK_E)
+    k += row * stride_ks + g * stride_kg
+    v += row * stride_vs + g * stride_vg
+    acc = tl.zeros((BLOCK_H, BLOCK_E), tl.float32)
+    m = tl.full((BLOCK_H,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK_H,), tl.float32)
+    for first in range(low, high, BLOCK_K):
+        keys = first + tl.arange(0, BLOCK_K)  # (BLOCK_K,)
+        k_tile = _load_tile(k, stride_kc, keys, high, columns, E, BLOCK_E, True)  # (BLOCK_K, BLOCK_E), as v_tile
+        s = tl.dot(q_tile, tl.trans(k_tile), input_precision="tf32x3") * scale_2
+        s = tl.where((keys < high)[None, :], s, -float("inf"))  # (BLOCK_H, BLOCK_K)
+        m_new = tl.maximum(m, tl.max(s, 1))
+        p = tl.exp2(s - m_new[:, None])
+        shrink = tl.exp2(m - m_new)
+        total = total * shrink + tl.sum(p, 1)
+        v_tile = _load_tile(v, stride_vc, keys, high, columns, E, BLOCK_E, True)
+        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision="tf32x3")
+        m = m_new
+    if SPLITS == 1:
+        at = out + row_head[:, None] * E + columns[None, :]
+        tl.store(at, (acc / total[:, None]).to(out.dtype.element_ty), mask=kept)
+    else:
+        used = tl.where(total > 0, total, 1.0)  # an empty part: no 0/0, and lse = −inf + log2(1)
+        part = row_head * SPLITS + split
+        tl.store(partial + part[:, None] * E + columns[None, :], acc / used[:, None], mask=kept)
+        tl.store(lse + part, m + tl.log2(used), mask=heads < GROUP)
+
+
+@jit
+def _merge_kernel(out, partial, lse, E: tl.constexpr, SPLITS: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Program n owns one query head of one row: its out (E,) from partial (SPLITS, E), weighed by softmax of lse."""
+    n = tl.program_id(0).to(tl.int64)
+    splits, columns = tl.arange(0, SPLITS), tl.arange(0, BLOCK_E)
+    weight = tl.load(lse + n * SPLITS + splits)  # (SPLITS,); the first part of a row is never empty
+    weight = tl.exp2(weight - tl.max(weight, 0))
+    at = partial + (n * SPLITS + splits)[:, None] * E + columns[None, :]  # (SPLITS, BLOCK_E)
+    mixed = tl.sum(tl.load(at, mask=(columns < E)[None, :], other=0.0) * weight[:, None], 0) / tl.sum(weight, 0)
+    tl.store(out + n * E + columns, mixed.to(out.dtype.element_ty), mask=columns < E)
+
+
+def decode_attention_triton(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor, splits: int
+) -> torch.Tensor:
+    """`decode_attention` by the kernels above, each row's cache in `splits` (a power of two) parts of like length."""
+    (S, H, E), G = q.shape, k_cache.shape[2]
+    assert k_cache.stride(3) == v_cache.stride(3) == 1
+    q = q.contiguous()
+    BLOCK_E, BLOCK_H = max(16, triton.next_power_of_2(E)), max(16, triton.next_power_of_2(H // G))
+    out = torch.empty_like(q)
+    partial, lse = out, out  # never touched by a single part
+    if splits > 1:
+        partial, lse = (q.new_empty(S, H, splits, *width, dtype=torch.float32) for width in ((E,), ()))
+    with torch.cuda.device_of(q):
+        _decode_kernel[G, S, splits](
+            q, k_cache, v_cache, out, partial, lse, lengths, 1 / math.sqrt(E), *k_cache.stride()[:3],
+            *v_cache.stride()[:3], H=H, GROUP=H // G, E=E, SPLITS=splits, BLOCK_E=BLOCK_E, BLOCK_H=BLOCK_H,
+            BLOCK_K=64 if BLOCK_E <= 128 else 32, num_warps=4, num_stages=3,
+        )  # fmt: skip
+        if splits > 1:
+            _merge_kernel[S * H,](out, partial, lse, E=E, SPLITS=splits, BLOCK_E=BLOCK_E, num_warps=2)
+    return out
+
+
+def decode_attention(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor
+) -> torch.Tensor:
+    """Attention of one new token per row over that row's cache, its own key and value included.
+
+    q (S, H, E); k_cache and v_cache (S, C, G, E), of which row s holds `lengths[s]` tokens; lengths (S,) integer, ≥ 1.
+    Returns (S, H, E).
+    """
+    if not q.is_cuda:
+        return decode_attention_torch(q, k_cache, v_cache, lengths)
+    # Rows × key heads programs; when they are fewer than two per processor, cut each row's cache into parts.
+    S, C, G, _ = k_cache.shape
+    programs = 2 * torch.cuda.get_device_properties(q.device).multi_processor_count
+    splits = min(triton.cdiv(programs, S * G), triton.cdiv(C, 256), 128)
+    return decode_attention_triton(q, k_cache, v_cache, lengths, triton.next_power_of_2(splits))
