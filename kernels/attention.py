@@ -25,7 +25,7 @@ loaded, and only those on it are masked. Exponents are to base 2, with log2(e) f
 computes 2^x and has to multiply for e^x; the saved l is to base 2 as well.
 """
 
-from __future__ import annotations  # tl.constexpr stays a word where triton is not installed
+from __future__ import annotations
 
 import math
 
@@ -33,7 +33,6 @@ import torch
 import torch.nn.functional as F
 
 from kernels import jit, tl, triton
-
 
 # ---- packed sequences: the PyTorch twin ----
 

@@ -1,4 +1,5 @@
-"""Settings for every test: the repository on the path, and s2r imported before torch (it settles thread waiting)."""
+"""Settings for every test: the repository on the path, s2r imported before torch (it settles thread waiting), and
+Triton's interpreter on before the kernels are imported."""
 
 import sys
 from pathlib import Path
@@ -7,3 +8,4 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import s2r  # noqa: E402, F401
+import interpreter  # noqa: E402, F401

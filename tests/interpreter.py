@@ -1,9 +1,10 @@
-"""Triton's interpreter, on where there is no GPU, with bfloat16 mended: import before anything that imports triton.
+"""Triton's interpreter, on where there is no GPU, with bfloat16 mended. Imported by conftest.py, before any kernel.
 
 As of Triton 3.9 the interpreter keeps bfloat16 as raw 16-bit integers, multiplies those integers in `tl.dot`, and
 truncates where it should round to nearest even; a chip does neither.
 """
 
+import importlib.util
 import os
 
 import numpy as np
@@ -40,5 +41,5 @@ def mend() -> None:
     InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = cast, dot
 
 
-if DEVICE == "cpu":
+if DEVICE == "cpu" and importlib.util.find_spec("triton"):
     mend()

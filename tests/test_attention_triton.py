@@ -1,15 +1,13 @@
 """The Triton attention kernels, on a GPU or under the interpreter, against a masked softmax written out in float64."""
 
-# isort: off
-from interpreter import DEVICE  # before triton is imported
-
 import pytest
 import torch
+from interpreter import DEVICE
 from test_attention import naive, naive_packed
 
+from kernels.attention import _Attention, attention, attention_torch, decode_attention_triton
+
 pytest.importorskip("triton")
-from kernels import attention as module
-from kernels.attention import attention, attention_torch, decode_attention_triton
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 GROUPS = [(2, 2), (4, 2), (3, 1), (14, 2)]  # (H, G): H/G = 1, 2, 3, 7
@@ -29,7 +27,7 @@ def make(lengths, H, G, E, dtype, seed=0):
 
 
 def triton_attention(q, k, v, cu_seqlens):
-    return module._Attention.apply(q, k, v, cu_seqlens)
+    return _Attention.apply(q, k, v, cu_seqlens)
 
 
 def run(function, q, k, v, upstream, *last):
