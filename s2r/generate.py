@@ -85,13 +85,23 @@ def generate(
             if not rows.jobs:
                 return [rollouts[key] for key in sorted(rollouts)]
             free = rows.step()
-            tokens += len(rows.jobs)
             for slot in free:
                 rollout = rows.take(slot)
                 rollouts[rollout.prompt, rollout.sample] = rollout
+                tokens += len(rollout.ids)
             if free:
-                bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):,.0f} tokens/s", refresh=False)
+                speed = (tokens + rows.unfinished_tokens()) / (time.perf_counter() - start)
+                bar.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
                 bar.update(len(free))
+
+
+def pace(device: torch.device) -> tuple[int, int]:
+    """(decode steps between two looks at which rows have stopped, ratio of the batch sizes there are; 1: any size).
+
+    On a GPU a look makes the host wait for the device, so it is taken now and then, and every batch size needs a CUDA
+    graph of its own, so there are few. Rows that have stopped, or that hold nothing, stand still meanwhile.
+    """
+    return (8, 4) if device.type == "cuda" else (1, 1)
 
 
 class _Rows:
@@ -101,21 +111,25 @@ class _Rows:
         device = model.embed.device
         capacity = min(max(map(len, prompts)) + max_new_tokens, model.config.max_positions)
         self.model, self.prompts, self.slots, self.temperature = model, prompts, slots, temperature
-        self.prefill_tokens = prefill_tokens
+        self.prefill_tokens, self.room = prefill_tokens, max_new_tokens
         self.jobs: list[tuple[int, int]] = []
         self.prefix: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # prompt → its k and v, (L, t, G, E)
         self.cache = Cache(model.config, slots, capacity, model.dtype, device)
         self.stop_ids = torch.tensor(sorted(stop_ids), device=device)
         self.token = torch.zeros(slots, dtype=torch.int64, device=device)  # the next input of each row
-        self.uniform = torch.zeros(slots, max_new_tokens, device=device)  # one random number per token to come
-        self.ids = torch.zeros(slots, max_new_tokens, dtype=torch.int64, device=device)
-        self.logp = torch.zeros(slots, max_new_tokens, device=device)
+        self.uniform = torch.zeros(slots, self.room + 1, device=device)  # one random number per token to come
+        self.ids = torch.zeros(slots, self.room + 1, dtype=torch.int64, device=device)  # the last column is waste
+        self.logp = torch.zeros(slots, self.room + 1, device=device)
         self.produced = torch.zeros(slots, dtype=torch.int64, device=device)  # tokens sampled so far
         self.limit = torch.zeros(slots, dtype=torch.int64, device=device)  # tokens at which the row is cut off
+        self.done = torch.ones(slots, dtype=torch.bool, device=device)  # has stopped, or holds no job
+        self.steps_per_look, ratio = pace(device)
+        self.sizes = [slots // ratio**i for i in range(20) if slots // ratio**i] if ratio > 1 else []  # of a batch
+        self.graphs: dict[int, torch.cuda.CUDAGraph | None] = {}  # batch size → its step; None: has run once
 
     def start(self, slots: list[int], jobs: list[tuple[int, int]], streams: list[np.random.Generator]) -> None:
         """Put jobs, which come in the order of their prompts, into free slots."""
-        cache, room = self.cache, self.uniform.shape[1]
+        cache = self.cache
         for at, (slot, (i, j), stream) in enumerate(zip(slots, jobs, streams)):
             if i not in self.prefix:
                 self.prefix = self._prefill([following for following, _ in jobs[at:]])
@@ -123,9 +137,9 @@ class _Rows:
             t = len(prompt) - 1  # the prompt's last token is the row's first input
             cache.k[:, slot, :t], cache.v[:, slot, :t], cache.lengths[slot] = k, v, t
             self.token[slot] = prompt[-1]
-            self.uniform[slot] = torch.from_numpy(stream.random(room, dtype=np.float32))
-            self.produced[slot] = 0
-            self.limit[slot] = min(room, self.model.config.max_positions - len(prompt))
+            self.uniform[slot, : self.room] = torch.from_numpy(stream.random(self.room, dtype=np.float32))
+            self.produced[slot], self.done[slot] = 0, False
+            self.limit[slot] = min(self.room, self.model.config.max_positions - len(prompt))
             self.jobs[slot : slot + 1] = [(i, j)]
 
     def _prefill(self, prompts: list[int]) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
@@ -144,17 +158,40 @@ class _Rows:
         return {i: (k[:, a:b], v[:, a:b]) for i, a, b in zip(chosen, borders, borders[1:])}
 
     def step(self) -> list[int]:
-        """Sample one token for every row; the slots whose row is now complete, in rising order."""
-        S = len(self.jobs)
-        at = self.produced[:S, None]
+        """Sample one token for every row, on a GPU some; the slots whose row is now complete, in rising order."""
+        S = min((size for size in self.sizes if size >= len(self.jobs)), default=len(self.jobs))
+        for _ in range(self.steps_per_look):
+            self._replay(S) if self.token.is_cuda else self._advance(S)
+        return self.done[: len(self.jobs)].nonzero()[:, 0].tolist()
+
+    def _advance(self, S: int) -> None:
+        """One decode step of slots 0 … S−1. It reads and writes nothing but tensors that stay where they are."""
+        stopped = self.done[:S]
+        at = torch.where(stopped, self.room, self.produced[:S])[:, None]  # (S, 1)
         hidden = self.model.decode(self.token[:S], self.cache)  # (S, D)
         token, logp = sample(self.model.logits(hidden), self.uniform[:S].gather(1, at), self.temperature)  # (S,) each
         self.ids[:S].scatter_(1, at, token[:, None])
         self.logp[:S].scatter_(1, at, logp[:, None])
-        self.token[:S] = token
-        self.produced[:S] += 1
-        done = (token[:, None] == self.stop_ids).any(1) | (self.produced[:S] == self.limit[:S])
-        return done.nonzero()[:, 0].tolist()
+        self.token[:S] = torch.where(stopped, self.token[:S], token)
+        self.produced[:S] += ~stopped
+        self.cache.lengths[:S] -= stopped.long()  # decode has moved every row on
+        self.done[:S] |= (token[:, None] == self.stop_ids).any(1) | (self.produced[:S] == self.limit[:S])
+
+    def _replay(self, S: int) -> None:
+        """`_advance` as a CUDA graph: one launch instead of some hundred. The first time compiles, the next records."""
+        if S not in self.graphs:
+            self.graphs[S] = None
+            self._advance(S)
+            return
+        if self.graphs[S] is None:
+            self.graphs[S] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[S]):
+                self._advance(S)
+        self.graphs[S].replay()
+
+    def unfinished_tokens(self) -> int:
+        """Tokens sampled so far in rows that go on."""
+        return int((self.produced * ~self.done).sum())
 
     def take(self, slot: int) -> Rollout:
         """The finished rollout of a slot."""
@@ -170,9 +207,11 @@ class _Rows:
             t = int(self.cache.lengths[last])
             for x in (self.cache.k, self.cache.v):
                 x[:, slot, :t] = x[:, last, :t]
-            for x in (self.cache.lengths, self.token, self.uniform, self.ids, self.logp, self.produced, self.limit):
+            state = (self.token, self.uniform, self.ids, self.logp, self.produced, self.limit, self.done)
+            for x in (self.cache.lengths, *state):
                 x[slot] = x[last]
             self.jobs[slot] = self.jobs[last]
+        self.done[last] = True
         self.jobs.pop()
 
 

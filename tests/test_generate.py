@@ -169,6 +169,23 @@ def test_rollouts_do_not_depend_on_the_other_prompts(order, slots):
         same(rollout, base()[order[rollout.prompt], rollout.sample])
 
 
+@pytest.mark.parametrize("pace", [(8, 4), (5, 2), (100, 3)], ids=str)
+@pytest.mark.parametrize("slots", [21, 8, 3])
+def test_rollouts_do_not_depend_on_how_often_the_sampler_looks(pace, slots, monkeypatch):
+    """As on a GPU: several steps between two looks, batches filled up to a few sizes with rows that stand still."""
+    monkeypatch.setattr("s2r.generate.pace", lambda device: pace)
+    for rollout in run(slots=slots):
+        same(rollout, base()[rollout.prompt, rollout.sample])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_rollouts_from_cuda_graphs_are_those_of_the_cpu():
+    model = Transformer(small().config, torch.float32, "cuda")
+    model.copy_from(small())
+    for rollout in run(model, slots=8):
+        same(rollout, base()[rollout.prompt, rollout.sample])
+
+
 def test_problems_name_the_stream_and_not_the_index():
     """The same prompt under two names gives two rollouts, and under one name the same."""
     first, other, again = run(asked=[PROMPTS[2]] * 3, problems=[2, 77, 2], n=1, stop_ids=())
