@@ -321,7 +321,8 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: tor
 
     q (T, H, E), k and v (T, G, E), one floating dtype; cu_seqlens (S+1,) integer, first 0, last T. Returns (T, H, E).
     """
-    return _Attention.apply(q, k, v, cu_seqlens) if q.is_cuda else attention_torch(q, k, v, cu_seqlens)
+    on_triton = q.is_cuda and triton is not None
+    return _Attention.apply(q, k, v, cu_seqlens) if on_triton else attention_torch(q, k, v, cu_seqlens)
 
 
 # ---- slot cache: one new token per row ----
@@ -403,6 +404,11 @@ def _merge_kernel(out, partial, lse, E: tl.constexpr, SPLITS: tl.constexpr, BLOC
     tl.store(out + n * E + columns, mixed.to(out.dtype.element_ty), mask=columns < E)
 
 
+def _decode_tiles(BLOCK_E: int) -> dict[str, int]:
+    """Tile, warps and stages of `_decode_kernel`, which waits for memory: some 64 KB of keys and values on their way."""
+    return {"BLOCK_K": 64 if BLOCK_E <= 128 else 32, "num_warps": 4, "num_stages": 3}
+
+
 def decode_attention_triton(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor, splits: int
 ) -> torch.Tensor:
@@ -419,7 +425,7 @@ def decode_attention_triton(
         _decode_kernel[G, S, splits](
             q, k_cache, v_cache, out, partial, lse, lengths, 1 / math.sqrt(E), *k_cache.stride()[:3],
             *v_cache.stride()[:3], H=H, GROUP=H // G, E=E, SPLITS=splits, BLOCK_E=BLOCK_E, BLOCK_H=BLOCK_H,
-            BLOCK_K=64 if BLOCK_E <= 128 else 32, num_warps=4, num_stages=3,
+            **_decode_tiles(BLOCK_E),
         )  # fmt: skip
         if splits > 1:
             _merge_kernel[S * H,](out, partial, lse, E=E, SPLITS=splits, BLOCK_E=BLOCK_E, num_warps=2)
@@ -434,7 +440,7 @@ def decode_attention(
     q (S, H, E); k_cache and v_cache (S, C, G, E), of which row s holds `lengths[s]` tokens; lengths (S,) integer, ≥ 1.
     Returns (S, H, E).
     """
-    if not q.is_cuda:
+    if not q.is_cuda or triton is None:
         return decode_attention_torch(q, k_cache, v_cache, lengths)
     # Rows × key heads programs; when they are fewer than two per processor, cut each row's cache into parts.
     S, C, G, _ = k_cache.shape
