@@ -3,9 +3,11 @@
     python train_rl.py --level outcome                                 toy world
     python train_rl.py --model DIR2 --data F.jsonl --out DIR3 --level process --problems 64 --rollouts 4 --updates 4 \\
         --temperature 0.7 --beta 0.05 --epsilon 0.2 --lr 5e-7 --steps 500 --max-new-tokens 8000
+    python train_rl.py --model DIR2 --offline ROLLOUTS.jsonl --baseline position --out DIR3 --level process
 
 A step: sample M rollouts of N problems, judge them by rule, score them under the old and the reference policy, then
-take several clipped policy-gradient updates on them.
+take several clipped policy-gradient updates on them. Offline the rollouts come from a file that `sample.py --n 8
+--temperature 0.7 --out` wrote with the model that training starts from, and π_old stays that model (paper §2.4, App. F).
 """
 
 # Before torch: s2r settles how torch's threads wait.
@@ -22,7 +24,9 @@ from s2r.data import load_problems
 from s2r.metrics import summarize, table
 from s2r.model import Transformer
 from s2r.packing import Pack, pack, policy_logp
-from s2r.rollouts import Trajectory, encode_prompts, roll_out, show
+from s2r.rollouts import Trajectory, encode_prompts, load_rollouts, roll_out, show
+from s2r.selection import select
+from s2r.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class Config:
     data: str = toy.TRAIN  # problem file, JSONL
     out: str = ""  # run folder to write [in the toy world: runs/toy/rl-LEVEL]
     level: Literal["outcome", "process"] = "outcome"  # what has a reward: the trajectory or each action
+    offline: str = ""  # rollout file to learn from instead of sampling; N·M of its rollouts a step
+    baseline: Literal["position", "context"] = "position"  # offline, within an accuracy bin (paper: both tried)
     problems: int = 32  # N, problems per step (paper: 64)
     rollouts: int = 4  # M, rollouts per problem (paper: 4)
     updates: int = 2  # optimizer steps per step, each on a share of the rollouts (paper: 4)
@@ -62,12 +68,12 @@ def main(cfg: Config) -> None:
     if bool(cfg.eval_data) != (cfg.eval_every > 0):
         raise ValueError("--eval-data and --eval-every go together; give both or neither")
     cfg = replace(cfg, out=cfg.out or f"{toy.RUNS}/rl-{cfg.level}")
-    toy.ensure(cfg.data)
-    problems = load_problems(cfg.data)
+    toy.ensure(cfg.offline or cfg.data)
+    problems = [] if cfg.offline else load_problems(cfg.data)
     held_out = load_problems(cfg.eval_data) if cfg.eval_every else []
-    if cfg.problems > len(problems):
+    if cfg.problems > len(problems) and not cfg.offline:
         raise ValueError(f"{cfg.data} holds {len(problems)} problems, --problems asks for {cfg.problems} a step")
-    if cfg.level == "outcome" and cfg.rollouts < 2:
+    if cfg.level == "outcome" and cfg.rollouts < 2 and not cfg.offline:
         raise ValueError("--rollouts 1: the leave-one-out baseline of the outcome level needs 2 or more")
     if cfg.updates > cfg.problems * cfg.rollouts:
         raise ValueError(f"--updates {cfg.updates}: a step has only {cfg.problems * cfg.rollouts} rollouts")
@@ -75,6 +81,7 @@ def main(cfg: Config) -> None:
     model, tokenizer = runtime.load(cfg.model, device, dtype, train=True)
     model.checkpointing = cfg.checkpointing
     encode_prompts(problems + held_out, tokenizer, model.config.max_positions)  # better an error now than at their turn
+    recorded, recorded_credits = recall(cfg, tokenizer) if cfg.offline else ([], [])
     reference = runtime.load(cfg.model, device, dtype)[0]  # π_ref, fixed
     # Where the weights are fp32 and the compute is not, the sampler has its own copy in the compute dtype.
     sampler = model if model.embed.dtype == dtype else Transformer(model.config, dtype, device)
@@ -83,33 +90,38 @@ def main(cfg: Config) -> None:
     run = runtime.Run(cfg)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=True)
     done = run.restore(model, optimizer) if cfg.resume else 0
-    per_epoch = len(problems) // cfg.problems
+    # What one pass goes through, and how much of it a step takes.
+    items, share = (recorded, cfg.problems * cfg.rollouts) if cfg.offline else (problems, cfg.problems)
+    per_epoch = len(items) // share
     for step in range(done + 1, cfg.steps + 1):
         clock = runtime.Clock()
 
-        # 1. Sample M responses to each of N problems from the current policy, and judge them.
+        # 1. Sample M responses to each of N problems from the current policy, and judge them; or recall some.
         epoch, at = divmod(step - 1, per_epoch)
-        chosen = runtime.order(len(problems), cfg.seed, epoch)[at * cfg.problems :][: cfg.problems]
-        if sampler is not model:
-            sampler.copy_from(model)
-        batch = [problems[i] for i in chosen]
-        trajectories = roll_out(
-            sampler, tokenizer, batch, n=cfg.rollouts, temperature=cfg.temperature, step=step, **sampling
-        )
+        chosen = runtime.order(len(items), cfg.seed, epoch)[at * share :][:share]
+        if cfg.offline:
+            trajectories = [recorded[i] for i in chosen]
+        else:
+            if sampler is not model:
+                sampler.copy_from(model)
+            batch = [problems[i] for i in chosen]
+            trajectories = roll_out(
+                sampler, tokenizer, batch, n=cfg.rollouts, temperature=cfg.temperature, step=step, **sampling
+            )
         clock.lap("rollout")
 
         # 2. Give each span its reward and baseline: the whole trajectory, or each of its actions.
-        if cfg.level == "outcome":
-            credits = rl.outcome_credit(trajectories, cfg.rollouts)
+        if cfg.offline:
+            credits = [recorded_credits[i] for i in chosen]
         else:
-            credits = rl.process_credit(trajectories)
+            credits = rl.online_credit(trajectories, cfg.level, cfg.rollouts)
 
         # 3. Split the rollouts over the updates; score them under π_old and π_ref; advantage of each span.
         updates = []
         shuffled = runtime.order(len(trajectories), cfg.seed + 1, step)
         for rows in np.array_split(shuffled, cfg.updates):
-            share = [(trajectories[i], credits[i]) for i in rows]
-            updates.append(score(share, model, reference, cfg, device))
+            part = [(trajectories[i], credits[i]) for i in rows]
+            updates.append(score(part, reference if cfg.offline else model, reference, cfg, device))
         clock.lap("score")
 
         # 4. Policy gradient: one optimizer step per update, its loss the sum over its micro-batches.
@@ -121,7 +133,7 @@ def main(cfg: Config) -> None:
                 loss.backward()
                 ratios.append(ratio)
             lr = cfg.lr * min(1.0, step / cfg.warmup) if cfg.warmup else cfg.lr
-            what = f"step {step}, problems {[p.unique_id for p in batch]}"
+            what = f"step {step}, problems {list(dict.fromkeys(t.problem.unique_id for t in trajectories))}"
             norms.append(runtime.optimizer_step(model, optimizer, lr=lr, clip=cfg.max_grad_norm, what=what))
         clock.lap("update")
 
@@ -144,6 +156,28 @@ def main(cfg: Config) -> None:
             run.save(model, optimizer, step)
 
 
+def recall(cfg: Config, tokenizer: Tokenizer) -> tuple[list[Trajectory], list[rl.Credit]]:
+    """The rollouts of --offline that are fit to learn from, with their credit over the whole file.
+
+    Raises ValueError for rollouts of another temperature and when too few are left.
+    """
+    trajectories = load_rollouts(cfg.offline, tokenizer)
+    for t in trajectories:
+        if t.temperature != cfg.temperature:
+            raise ValueError(
+                f"{cfg.offline}: problem {t.problem.unique_id} was sampled at temperature {t.temperature}, --temperature "
+                f"is {cfg.temperature}; make them the same, or no probability is right"
+            )
+    kept, accuracy, counts = select(trajectories)
+    print("\n".join(f"{count:7,}  {what}" for what, count in counts.items()))
+    if len(kept) < cfg.problems * cfg.rollouts:
+        raise ValueError(
+            f"{cfg.offline}: {len(kept)} of {len(trajectories)} rollouts are fit to learn from (reasons above), a step "
+            f"takes {cfg.problems * cfg.rollouts}; lower --problems or --rollouts, or sample more"
+        )
+    return kept, rl.offline_credit(kept, cfg.level, accuracy, cfg.baseline)
+
+
 @dataclass(frozen=True)
 class Scored:
     """One micro-batch ready for the update: K response tokens in A spans."""
@@ -159,17 +193,17 @@ class Scored:
 
 
 @torch.no_grad()
-def score(share: list[tuple[Trajectory, rl.Credit]], model, reference, cfg: Config, device) -> list[Scored]:
+def score(part: list[tuple[Trajectory, rl.Credit]], old, reference, cfg: Config, device) -> list[Scored]:
     """The micro-batches of one update. They are formed once, so that π_θ starts out as π_old to the last bit."""
-    ids = [t.prompt_ids + t.ids for t, _ in share]
-    scored = [list(range(len(t.prompt_ids), len(t.prompt_ids) + len(t.ids))) for t, _ in share]  # no prompt token
+    ids = [t.prompt_ids + t.ids for t, _ in part]
+    scored = [list(range(len(t.prompt_ids), len(t.prompt_ids) + len(t.ids))) for t, _ in part]  # no prompt token
     out = []
     for p in pack(ids, scored, cfg.tokens_per_microbatch, device):
-        span, reward, baseline, weight = rl.spans([share[row][1] for row in p.rows], len(share), device)
-        logp_old, entropy = policy_logp(model, p, cfg.temperature)
-        logp_ref, _ = policy_logp(reference, p, cfg.temperature)
+        span, reward, baseline, weight = rl.spans([part[row][1] for row in p.rows], len(part), device)
+        logp_old, entropy = policy_logp(old, p, cfg.temperature)
+        logp_ref = logp_old if old is reference else policy_logp(reference, p, cfg.temperature)[0]
         advantage = rl.advantages(reward, baseline, logp_old, logp_ref, span, beta=cfg.beta)
-        sampled = torch.tensor([x for row in p.rows for x in share[row][0].logp], device=device)
+        sampled = torch.tensor([x for row in p.rows for x in part[row][0].logp], device=device)
         out.append(Scored(p, span, advantage, weight, logp_old, logp_ref, sampled, entropy))
     return out
 

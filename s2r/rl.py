@@ -13,6 +13,7 @@ differ in what a *span* is, the piece of y that has one reward, one advantage an
     R(a_t), the reward context              §2.3.2      reward_contexts
     b̂, leave-one-out                        (2)         leave_one_out
     b̂, by reward context                    (4)         context_baseline
+    b̂, offline                              App. F      offline_baseline
     A = R − b̂ − β·log(π_old / π_ref)        (2), (5)    advantages
     L = −E[min(r·A, clip(r, 1±ε)·A)]        (3), (6)    policy_loss
 
@@ -27,6 +28,8 @@ from dataclasses import dataclass
 import torch
 
 from s2r.trajectory import Action
+
+ACCURACY_BIN = 0.2  # width of a bin of problems of like difficulty, offline; the paper names none
 
 
 def outcome_reward(actions: Sequence[Action]) -> float:
@@ -75,12 +78,33 @@ def context_baseline(rewards: Sequence[Sequence[float]]) -> list[list[float]]:
 
     `rewards` holds R_a of each trajectory's actions; the result has the same shape.
     """
+    return group_means(rewards, [reward_contexts(row) for row in rewards])
+
+
+def offline_baseline(
+    rewards: Sequence[Sequence[float]], accuracy: Sequence[float], by: str
+) -> list[list[float]]:
+    """b̂ of offline RL (App. F): the mean reward over a recorded set of all actions of the same kind of place.
+
+    `rewards` holds the rewards of each trajectory's spans, `accuracy` the sampled accuracy of its problem. A place is
+    an accuracy bin and, `by` "position", the place of the action in its trajectory or, `by` "context", its reward
+    context. With one span a trajectory (outcome level) both are the accuracy bin alone. Same shape as `rewards`.
+    """
+    places = [
+        [(int(share / ACCURACY_BIN), t if by == "position" else tuple(row[:t])) for t in range(len(row))]
+        for share, row in zip(accuracy, rewards)
+    ]
+    return group_means(rewards, places)
+
+
+def group_means(rewards: Sequence[Sequence[float]], groups: Sequence[Sequence]) -> list[list[float]]:
+    """For each reward the mean of all the rewards in its group; `rewards`, `groups` and the result have one shape."""
     members = defaultdict(list)
-    for row in rewards:
-        for context, reward in zip(reward_contexts(row), row):
-            members[context].append(reward)
-    mean = {context: sum(group) / len(group) for context, group in members.items()}
-    return [[mean[context] for context in reward_contexts(row)] for row in rewards]
+    for row, keys in zip(rewards, groups):
+        for reward, key in zip(row, keys):
+            members[key].append(reward)
+    mean = {key: sum(group) / len(group) for key, group in members.items()}
+    return [[mean[key] for key in keys] for keys in groups]
 
 
 @dataclass(frozen=True)
@@ -92,18 +116,28 @@ class Credit:
     baseline: list[float]
 
 
-def outcome_credit(trajectories: Sequence, rollouts: int) -> list[Credit]:
-    """Outcome level: each trajectory is one span. The trajectories come problem by problem, `rollouts` of each."""
-    reward = torch.tensor([outcome_reward(t.actions) for t in trajectories]).view(-1, rollouts)  # (N, M)
-    baseline = leave_one_out(reward).flatten().tolist()
-    return [Credit([len(t.ids)], [r], [b]) for t, r, b in zip(trajectories, reward.flatten().tolist(), baseline)]
-
-
-def process_credit(trajectories: Sequence) -> list[Credit]:
-    """Process level: each action is a span."""
-    reward = [process_rewards(t.actions, t.finished) for t in trajectories]
+def span_rewards(trajectories: Sequence, level: str) -> tuple[list[list[int]], list[list[float]]]:
+    """Lengths in tokens and rewards of the spans of each trajectory: itself (outcome), or its actions (process)."""
+    if level == "outcome":
+        return [[len(t.ids)] for t in trajectories], [[outcome_reward(t.actions)] for t in trajectories]
     lengths = [[action.end - action.start for action in t.actions] for t in trajectories]
-    return [Credit(*credit) for credit in zip(lengths, reward, context_baseline(reward))]
+    return lengths, [process_rewards(t.actions, t.finished) for t in trajectories]
+
+
+def online_credit(trajectories: Sequence, level: str, rollouts: int) -> list[Credit]:
+    """Credit within one batch, whose trajectories come problem by problem, `rollouts` of each."""
+    lengths, reward = span_rewards(trajectories, level)
+    if level == "outcome":
+        baseline = leave_one_out(torch.tensor(reward).view(-1, rollouts)).view(-1, 1).tolist()
+    else:
+        baseline = context_baseline(reward)
+    return [Credit(*credit) for credit in zip(lengths, reward, baseline)]
+
+
+def offline_credit(trajectories: Sequence, level: str, accuracy: Sequence[float], by: str) -> list[Credit]:
+    """Credit within a whole recorded set; `accuracy` and `by` as `offline_baseline` takes them."""
+    lengths, reward = span_rewards(trajectories, level)
+    return [Credit(*credit) for credit in zip(lengths, reward, offline_baseline(reward, accuracy, by))]
 
 
 def spans(

@@ -5,13 +5,17 @@ Called by `sample.py` and `train_rl.py`, which roll out alike, and by `s2r/behav
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from s2r import rl
-from s2r.data import Problem
+from s2r.data import Problem, read_jsonl
 from s2r.generate import generate
+from s2r.grade import parsable
 from s2r.model import Transformer
 from s2r.tokenizer import Tokenizer
 from s2r.trajectory import Action, judge, parse, prompt
+
+FIELDS = {"ids": int, "prompt_ids": int, "logp": float}  # of a rollout file's row: lists, and of what
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,39 @@ class Trajectory:
             "actions": actions,
             "reward": int(rl.outcome_reward(self.actions)),
         }
+
+
+def load_rollouts(path: str | Path, tokenizer: Tokenizer) -> list[Trajectory]:
+    """The trajectories of a rollout file, parsed and judged anew.
+
+    Raises FileNotFoundError, and ValueError naming file and row: a field that is missing or of another type, ids that
+    this tokenizer does not have, an answer that cannot be graded against.
+    """
+    trajectories = []
+    for number, row in enumerate(read_jsonl(path), start=1):
+        try:
+            ids, prompt_ids, logp = ([kind(x) for x in row[name]] for name, kind in FIELDS.items())
+            if not all(0 <= x < tokenizer.vocab_size for x in ids + prompt_ids) or len(logp) != len(ids) or not prompt_ids:
+                raise ValueError("its ids are not this tokenizer's, or not one log-probability each")
+            if not parsable(str(row["answer"])):
+                raise ValueError(f"gold answer {row['answer']!r} cannot be parsed")
+            problem = Problem(row["problem"], str(row["answer"]), str(row["unique_id"]), row.get("level"))
+            trajectories.append(
+                Trajectory(
+                    problem=problem,
+                    sample=int(row["sample"]),
+                    temperature=float(row["temperature"]),
+                    prompt_ids=prompt_ids,
+                    ids=ids,
+                    logp=logp,
+                    finished=bool(row["finished"]),
+                    text=str(row["text"]),
+                    actions=judge(parse(ids, tokenizer), problem.answer),
+                )
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: row {number}: {error!r}; give a file that sample.py --out wrote") from None
+    return trajectories
 
 
 def encode_prompts(problems: Sequence[Problem], tokenizer: Tokenizer, context: int) -> list[list[int]]:

@@ -141,7 +141,7 @@ def test_context_baseline_crosses_problems_and_sees_order():
 
 def test_outcome_credit_is_one_span_a_trajectory_with_the_baseline_of_its_problem(tokenizer):
     group = [response(code, tokenizer) for code in ("+c", "-", "-i+c", "+i-", "+", "-c")]  # 2 problems × 3 rollouts
-    credits = rl.outcome_credit(group, 3)
+    credits = rl.online_credit(group, "outcome", 3)
     assert [c.tokens for c in credits] == [[len(t.ids)] for t in group]
     assert [c.reward for c in credits] == [[1.0], [-1.0], [1.0], [-1.0], [1.0], [-1.0]]
     assert [c.baseline for c in credits] == [[0.0], [1.0], [0.0], [0.0], [-1.0], [0.0]]
@@ -149,7 +149,7 @@ def test_outcome_credit_is_one_span_a_trajectory_with_the_baseline_of_its_proble
 
 def test_process_credit_tiles_the_tokens_with_its_actions(tokenizer):
     group = [response("+c", tokenizer), response("-i+?", tokenizer, finished=False)]
-    credits = rl.process_credit(group)
+    credits = rl.online_credit(group, "process", 1)
     assert [sum(c.tokens) for c in credits] == [len(t.ids) for t in group]
     assert [c.reward for c in credits] == [[1.0, 1.0], [-1.0, 1.0, 1.0, -1.0]]
     assert [c.baseline for c in credits] == [[0.0, 1.0], [0.0, 1.0, 1.0, -1.0]]
@@ -291,7 +291,7 @@ def test_ratio_is_exactly_one_before_the_first_update(budget, dtype, checkpointi
     model = Transformer.from_pretrained(folder, dtype, param_dtype=torch.float32)
     model.checkpointing = checkpointing
     group = [response(code, tokenizer) for code in ("+c", "-i+c", "-", "-c")]
-    for work in scored(model, group, rl.process_credit(group), temperature=0.7, tokens_per_microbatch=budget):
+    for work in scored(model, group, rl.online_credit(group, "process", 1), temperature=0.7, tokens_per_microbatch=budget):
         logp, _ = policy_logp(model, work.pack, 0.7)
         assert logp.requires_grad and torch.equal(logp, work.logp_old) and torch.equal(work.logp_ref, work.logp_old)
         ratio = rl.policy_loss(logp, work.logp_old, work.span, work.advantage, work.weight, epsilon=0.2)[1]
@@ -300,7 +300,7 @@ def test_ratio_is_exactly_one_before_the_first_update(budget, dtype, checkpointi
 
 def test_score_covers_the_response_and_nothing_of_the_prompt(model, tokenizer):
     group = [response(code, tokenizer) for code in ("-i+c", "+c", "-")]
-    work = scored(model, group, rl.process_credit(group), tokens_per_microbatch=250)
+    work = scored(model, group, rl.online_credit(group, "process", 1), tokens_per_microbatch=250)
     assert len(work) > 1  # several micro-batches
     assert torch.cat([m.pack.targets for m in work]).tolist() == [id for t in group for id in t.ids]
     assert torch.cat([m.logp_sampled for m in work]).tolist() == [x for t in group for x in t.logp]
