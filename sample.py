@@ -19,7 +19,7 @@ from typing import Literal
 from s2r import runtime, toy
 from s2r.data import Problem, load_problems, write_jsonl
 from s2r.grade import parsable
-from s2r.metrics import summarize, table
+from s2r.metrics import at_k, summarize, table
 from s2r.rollouts import roll_out, show
 
 
@@ -80,7 +80,7 @@ def main(cfg: Config) -> None:
         write_jsonl(cfg.out, (trajectory.to_row() for trajectory in trajectories))
     if cfg.ask:
         return
-    metrics = summarize(trajectories)
+    metrics = summarize(trajectories) | at_k(trajectories)
     metrics["tokens_per_second"] = sum(len(t.ids) for t in trajectories) / seconds
     print(table({cfg.model: metrics}))
     if cfg.report:

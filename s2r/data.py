@@ -4,6 +4,7 @@
     {"problem", "answer", "solution"?, "level"?, …}   `answer`                                  ours
     {"question", "answer"}                            `answer` after "####"                     GSM8K as published
     {"problem", "solution", "level": "Level 3", …}    last \\boxed of `solution`                 MATH as published
+    {"question", "final_answer": [str, …], …}         `final_answer`, a list of them joined     OlympiadBench as published
 
     trajectory file   {"unique_id", "problem", "answer", "trajectory": [solve, verify, solve, verify, …]}
     with steps        {"kind": "solve", "text", "correct"}   {"kind": "verify", "text", "verdict"}
@@ -138,10 +139,16 @@ def load_trajectories(path: str | Path) -> list[Example]:
 def _problem(row: dict, unique_id: str) -> Problem:
     """One row as a Problem, with `unique_id` if it has none; ValueError saying what is wrong with it."""
     problem = row.get("problem", row.get("question"))
-    answer, solution = row.get("answer"), row.get("solution")
+    answer, solution = row.get("answer", row.get("final_answer")), row.get("solution")
     keys = ", ".join(row) or "none"
     if not isinstance(problem, str) or not problem.strip():
         raise ValueError(f'no "problem" (or GSM8K\'s "question"), keys are {keys}; add it or drop the row')
+    if isinstance(row.get("context"), str) and row["context"].strip():  # OlympiadBench: what the question is about
+        problem = f"{row['context']}\n{problem}"
+    if isinstance(answer, list) and all(isinstance(part, str) for part in answer):
+        answer = ", ".join(answer)
+    if isinstance(solution, list):
+        solution = "\n".join(map(str, solution))
     if isinstance(answer, int | float) and not isinstance(answer, bool):
         answer = str(answer)
     if isinstance(answer, str) and "####" in answer:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from s2r.data import Example, Problem, load_problems, load_trajectories, read_jsonl, write_jsonl
+from s2r.grade import equivalent
 from s2r.trajectory import VERDICT_SENTENCE
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -89,6 +90,25 @@ def test_load_problems_reads_math_as_published(tmp_path):
     first, second = load_problems(path)
     assert first == Problem("x?", r"\frac{1}{2}", "file/0", 4, "Algebra", row["solution"])
     assert second.level is None
+
+
+def test_load_problems_reads_the_rows_of_the_qwen_evaluation_suite(tmp_path):
+    """CollegeMath and OlympiadBench: `question`, dollars around answers, lists of final answers, "or"."""
+    path = tmp_path / "suite.jsonl"
+    write_jsonl(path, [
+        {"data_source": "college_math.calculus", "question_number": "1", "question": "Find x.", "answer": "$x=\\frac{1}{2}$"},
+        {"question": "Find both.", "answer": "$3$ or $-5$"},
+        {"id": 1606, "subfield": "Algebra", "context": None, "question": "How many?", "solution": ["It is 2.", "So 2."],
+         "final_answer": ["2"], "is_multiple_answer": False, "unit": None, "answer_type": "Numerical"},
+        {"id": 1610, "context": "Let $a=1$.", "question": "Solve.", "solution": ["…"], "final_answer": ["$-3$", "$3$"]},
+    ])
+    problems = load_problems(path)
+    for problem, right, wrong in zip(problems, (r"\frac12", "-5, 3", "2", r"3,-3"), ("2", "3", "1606", "3")):
+        assert equivalent(right, problem.answer) and not equivalent(wrong, problem.answer)
+    assert problems[3].problem == "Let $a=1$.\nSolve." and problems[2].solution == "It is 2.\nSo 2."
+    write_jsonl(path, [{"question": "Find x.", "final_answer": [2]}])
+    with pytest.raises(ValueError, match="row 1: .*answer"):
+        load_problems(path)
 
 
 @pytest.mark.parametrize("row, words", [

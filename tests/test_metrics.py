@@ -1,13 +1,15 @@
 """Metrics: a table worked out by hand, and the identity of METHOD's accuracies over random responses."""
 
+import json
 from dataclasses import dataclass, field
+from itertools import combinations
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from s2r.data import Problem
-from s2r.metrics import summarize, table
+from s2r.metrics import at_k, main, majority, summarize, table
 from s2r.trajectory import Action
 
 
@@ -17,10 +19,12 @@ class Response:
     ids: list[int] = field(default_factory=list)
     finished: bool = True
     level: int | None = None
+    name: str = "id"
+    sample: int = 0
 
     @property
     def problem(self) -> Problem:
-        return Problem("p", "1", "id", level=self.level)
+        return Problem("p", "1", self.name, level=self.level)
 
 
 def response(code: str, **others) -> Response:
@@ -117,3 +121,62 @@ def test_table_lines_up_and_marks_the_undefined():
         "after SFT          100.0 / 2.00  0.0 / 1.00",
     ])
     assert "level" not in table({"a": summarize([response("+")])})
+
+
+# --- several responses a problem ---
+
+
+def samples(**codes: str) -> list[Response]:
+    """Responses of one solve each: samples(p="+-") has a right and a wrong one to the problem p."""
+    return [response(letter, name=name, sample=j) for name, code in codes.items() for j, letter in enumerate(code)]
+
+
+def test_at_k_by_hand():
+    found = at_k(samples(p="+---", q="----", r="++-+"))
+    assert found["pass_at_k"] == pytest.approx({"1": 1 / 3, "2": (1 / 2 + 0 + 1) / 3, "4": 2 / 3})
+    shares = [1 / 4, 0, 3 / 4]
+    assert found["standard_error"] == pytest.approx((sum((x - 1 / 3) ** 2 for x in shares) / 2 / 3) ** 0.5)
+    assert set(at_k(samples(p="+", q="-"))) == {"standard_error"}  # one response each: no k
+    assert at_k(samples(p="+-"))["standard_error"] is None  # one problem: no spread over problems
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=7))
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_response(right):
+    found = at_k(samples(p="".join("-+"[x] for x in right)))
+    for k, share in found.get("pass_at_k", {}).items():
+        subsets = list(combinations(right, int(k)))
+        assert share == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+def test_majority_joins_equivalent_answers_and_breaks_ties_by_order():
+    def solves(*answers: str | None) -> list[Action]:
+        return [Action("solve", 0, 1, "", answer=answer) for answer in answers]
+
+    assert majority(solves("3", "0.5", r"\frac{1}{2}")).answer == "0.5"
+    assert majority(solves("3", "4", "4", "3")).answer == "3"
+    assert majority(solves(None, None, "9")).answer == "9"
+    assert majority([*solves(None), None]) is None
+
+
+def test_maj_at_k_looks_at_the_first_k_samples_whatever_their_order():
+    def answer(sample: int, text: str, correct: bool) -> Response:
+        return Response([Action("solve", 0, 1, "", answer=text, correct=correct)], sample=sample)
+
+    rows = [answer(2, "7", True), answer(0, "8", False), answer(3, "7", True), answer(1, "8", False)]
+    assert at_k(rows)["maj_at_k"] == {"1": 0.0, "2": 0.0, "4": 0.0}
+    rows = [answer(2, "7", True), answer(0, "8", False), answer(3, "7", True), answer(1, "7", True)]
+    assert at_k(rows)["maj_at_k"] == {"1": 0.0, "2": 0.0, "4": 1.0}
+
+
+def test_reports_are_compared_in_one_table(tmp_path, capsys):
+    rows = samples(p="+---", q="++++")
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(summarize(rows) | at_k(rows)))
+    main([str(tmp_path / "a.json"), str(tmp_path / "b.json")])
+    printed = capsys.readouterr().out
+    assert printed.count("62.5 ±37.5") == 2 and "pass / maj" in printed and "100.0 / 100.0" in printed
+    with pytest.raises(FileNotFoundError, match="c.json: no such report"):
+        main([str(tmp_path / "c.json")])
+    (tmp_path / "d.json").write_text("[]")
+    with pytest.raises(ValueError, match="d.json: not a report"):
+        main([str(tmp_path / "d.json")])
