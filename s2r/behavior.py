@@ -4,11 +4,11 @@
             │                                               │
             └─ distinct answers ─ verify ─ drop if untrue ──┴─▶ s1 ✗ v1 "incorrect" … sk ✓ vk "correct"
 
-    python -m s2r.behavior --rollouts ROLLOUTS.jsonl --out TRAJECTORIES.jsonl --seed 0
+    python -m s2r.behavior --rollouts ROLLOUTS.jsonl --verifications V.jsonl --out TRAJECTORIES.jsonl --seed 0
 
-Every attempt is the model's own; only the verifications come from elsewhere. A source of verifications is a function
-(problem, answer) -> (text, verdict), named in `sources`; the toy world's works by a rule. Reads what `sample.py --n 5
---temperature 0.7 --out` writes, writes what `train_sft.py` reads, and prints what became of every sample.
+Every attempt is the model's own; only the verifications come from elsewhere: a verification file, of
+`s2r.verifications` or your own, or in the toy world a rule. Reads what `sample.py --n 5 --temperature 0.7 --out`
+writes, writes what `train_sft.py` reads, and prints what became of every sample.
 """
 
 import argparse
@@ -22,9 +22,10 @@ from s2r import toy
 from s2r.data import read_jsonl, write_jsonl
 from s2r.grade import equivalent, extract_answer
 from s2r.trajectory import cut, parse_verdict
+from s2r.verifications import load_verifications
 
-Verify = Callable[[str, str], tuple[str, str]]
-"""(problem, answer) -> text of the check, which ends in a verdict sentence, and the verdict it claims."""
+Verify = Callable[[str, str], Sequence[str]]
+"""(problem, answer) -> the checks there are of it, each a text that should end in a verdict sentence."""
 
 KEEP = (0.24, 1.0, 1.0, 1.0)
 """Share of the trajectories with 1, 2, 3, 4 trials that is kept, so that easy problems do not dominate.
@@ -33,9 +34,33 @@ The release keeps about 0.24 of those with one and 0.5 to 1 of the others.
 """
 
 
-def sources() -> dict[str, Verify]:
-    """The sources of verifications, by the name that --verifier gives."""
-    return {"toy": toy.verify}
+def by_rule(problem: str, answer: str) -> list[str]:
+    """The toy world's one check."""
+    return [toy.verify(problem, answer)[0]]
+
+
+def from_file(path: str | Path) -> Verify:
+    """The checks of a verification file. Raises ValueError naming file and row."""
+    found = load_verifications(path)
+
+    def verify(problem: str, answer: str) -> list[str]:
+        return [text for other, text in found.get(problem, ()) if equivalent(other, answer)]
+
+    return verify
+
+
+def fault(check: str, truth: str, solution: str | None) -> str | None:
+    """Why a verification is dropped, None if it is kept: `truth` is the verdict that would be true.
+
+    With the `solution` it speaks of, it may not be longer than that: a check is to be easier than a solution.
+    """
+    if parse_verdict(check) != truth:
+        return "its verdict does not match the truth, or there is none"
+    if extract_answer(check) is not None:
+        return "solves the problem again (it boxes an answer)"
+    if solution is not None and len(check) > len(solution):
+        return "longer than the solution"
+    return None
 
 
 def trials(wrong: int, samples: int) -> int:
@@ -64,10 +89,13 @@ def usable(row: dict) -> str | None:
     return extract_answer(row["text"]) if row["finished"] and one_attempt else None
 
 
-def build(samples: Sequence[dict], verify: Verify, rng: random.Random, counts: Counter) -> list[dict] | None:
+def build(
+    samples: Sequence[dict], verify: Verify, rng: random.Random, counts: Counter, short: bool
+) -> list[dict] | None:
     """The trajectory of one problem, as the steps of a trajectory file; None when it gives none.
 
-    `samples` are its rows of the rollout file. Adds to `counts` what was dropped, by reason.
+    `samples` are its rows of the rollout file; `short` drops checks longer than what they check. Adds to `counts` what
+    was dropped, by reason.
     """
     problem, gold = samples[0]["problem"], samples[0]["answer"]
     graded = [(row, usable(row)) for row in samples]
@@ -83,11 +111,13 @@ def build(samples: Sequence[dict], verify: Verify, rng: random.Random, counts: C
     rng.shuffle(wrong)
     wrong = [wrong[i] for i in distinct([answer for _, answer in wrong])]
     for (text, answer), truth in [(attempt, "incorrect") for attempt in wrong] + [(rng.choice(right), "correct")]:
-        check, verdict = verify(problem, answer)
-        if verdict == truth == parse_verdict(check):
-            attempts.append((text, check, truth))
-        else:
-            counts["verification: verdict does not match the truth"] += 1
+        checks = verify(problem, answer)
+        faults = [fault(check, truth, text if short else None) for check in checks]
+        counts.update(f"verification: {reason}" for reason in faults if reason)
+        if None in faults:
+            attempts.append((text, checks[faults.index(None)], truth))
+        elif not checks:
+            counts["verification: none of this answer"] += 1
     if not attempts or attempts[-1][2] != "correct":
         counts["problem: no true verification of the right answer"] += 1
         return None
@@ -102,11 +132,11 @@ def build(samples: Sequence[dict], verify: Verify, rng: random.Random, counts: C
 
 
 def trajectories(
-    rows: Iterable[dict], verify: Verify, seed: int, keep: Sequence[float] = KEEP
+    rows: Iterable[dict], verify: Verify, seed: int, keep: Sequence[float] = KEEP, short: bool = False
 ) -> tuple[list[dict], Counter]:
     """Rows of a trajectory file from rows of a rollout file, at most one per problem, and the counts for `table`.
 
-    `keep[k - 1]` is the share that is kept of the trajectories with k trials.
+    `keep[k - 1]` is the share that is kept of the trajectories with k trials; `short` as `build` takes it.
     """
     problems: dict[str, list[dict]] = {}
     for row in rows:
@@ -115,7 +145,7 @@ def trajectories(
     examples = []
     for unique_id, samples in problems.items():
         rng = random.Random(f"{seed} {unique_id}")  # its own stream: dropping a problem changes no other
-        steps = build(samples, verify, rng, counts)
+        steps = build(samples, verify, rng, counts, short)
         if steps is None:
             continue
         k = len(steps) // 2
@@ -146,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rollouts", default=toy.ROLLOUTS, help="rollout file of the base model [%(default)s]")
     parser.add_argument("--out", default=toy.TRAJECTORIES, help="trajectory file to write [%(default)s]")
-    parser.add_argument("--verifier", default="toy", choices=sources(), help="source of verifications [%(default)s]")
+    parser.add_argument("--verifications", help="verification file [the toy world's rule]")
     parser.add_argument(
         "--keep",
         default=KEEP,
@@ -157,7 +187,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--seed", default=0, type=int, help="of the choice among samples [%(default)s]")
     flags = parser.parse_args(argv)
-    examples, counts = trajectories(read_jsonl(flags.rollouts), sources()[flags.verifier], flags.seed, flags.keep)
+    verify = from_file(flags.verifications) if flags.verifications else by_rule
+    rows = read_jsonl(flags.rollouts)
+    examples, counts = trajectories(rows, verify, flags.seed, flags.keep, short=bool(flags.verifications))
     print(table(counts))
     if not examples:
         raise ValueError(

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 import s2r  # noqa: F401
-from s2r import behavior, toy
+from s2r import behavior
 from s2r.data import load_trajectories, read_jsonl, write_jsonl
 from s2r.trajectory import VERDICT_SENTENCE
 
@@ -29,9 +29,11 @@ def rows(*answers: str | None, problem: str = PROBLEM, unique_id: str = "p", **o
     ]
 
 
-def build(*answers: str | None, verify=toy.verify, seed: int = 0, **other) -> tuple[list[dict] | None, Counter]:
+def build(
+    *answers: str | None, verify=behavior.by_rule, seed: int = 0, short: bool = False, **other
+) -> tuple[list[dict] | None, Counter]:
     counts = Counter()
-    return behavior.build(rows(*answers, **other), verify, random.Random(seed), counts), counts
+    return behavior.build(rows(*answers, **other), verify, random.Random(seed), counts, short), counts
 
 
 def kinds(steps: list[dict]) -> list:
@@ -75,17 +77,35 @@ def test_build_without_a_wrong_sample_has_one_trial():
 
 
 def test_build_drops_verifications_whose_verdict_is_untrue():
-    steps, counts = build("34", "31", verify=lambda problem, answer: (VERDICT_SENTENCE["correct"], "correct"))
+    steps, counts = build("34", "31", verify=lambda problem, answer: [VERDICT_SENTENCE["correct"]])
     assert kinds(steps) == [True, "correct"]
-    assert counts["verification: verdict does not match the truth"] == 1
+    assert counts["verification: its verdict does not match the truth, or there is none"] == 1
 
 
-def test_build_drops_verifications_whose_text_says_something_else():
-    def unverified(problem: str, answer: str) -> tuple[str, str]:
-        return VERDICT_SENTENCE["unverified"], "incorrect" if answer != "34" else "correct"
-
-    steps, counts = build("34", "31", verify=unverified)
+def test_build_drops_verifications_that_say_cannot_be_verified():
+    steps, counts = build("34", "31", verify=lambda problem, answer: [VERDICT_SENTENCE["unverified"]])
     assert steps is None and counts["problem: no true verification of the right answer"] == 1
+
+
+def test_build_takes_the_first_true_verification_and_counts_answers_without_any():
+    def several(problem: str, answer: str) -> list[str]:
+        return [f"A. {VERDICT_SENTENCE['incorrect']}", f"B. {VERDICT_SENTENCE['correct']}"] if answer == "34" else []
+
+    steps, counts = build("34", "31", verify=several)
+    assert kinds(steps) == [True, "correct"] and steps[1]["text"].startswith("B.")
+    assert counts["verification: none of this answer"] == 1
+
+
+@pytest.mark.parametrize("check, solution, why", [
+    ("4*34=136. {}", "x" * 99, None),
+    ("4*34=136. {}", "x" * 20, "longer than the solution"),
+    ("4*34=136. {}", None, None),  # no limit
+    (r"136/4=\boxed{{34}}. {}", "x" * 99, "solves the problem again"),
+    ("4*34=136. {} Or is it?", "x" * 99, "does not match the truth"),
+])  # fmt: skip
+def test_fault_names_the_rule_that_a_verification_breaks(check, solution, why):
+    found = behavior.fault(check.format(VERDICT_SENTENCE["correct"]), "correct", solution)
+    assert found is None if why is None else why in found
 
 
 @pytest.mark.parametrize(
@@ -109,7 +129,7 @@ def test_build_counts_a_sample_without_an_answer_as_wrong():
 
 def test_trajectories_subsample_the_classes():
     samples = [row for i in range(400) for row in rows("34", "34" if i % 2 else "31", unique_id=str(i))]
-    examples, counts = behavior.trajectories(samples, toy.verify, seed=0, keep=(0.25, 1.0, 1.0, 1.0))
+    examples, counts = behavior.trajectories(samples, behavior.by_rule, seed=0, keep=(0.25, 1.0, 1.0, 1.0))
     easy = [e for e in examples if len(e["trajectory"]) == 2]
     assert len(examples) - len(easy) == 200
     assert 30 <= len(easy) <= 70
@@ -118,9 +138,9 @@ def test_trajectories_subsample_the_classes():
 
 def test_trajectories_of_one_seed_repeat_and_do_not_depend_on_other_problems():
     samples = [row for i in range(20) for row in rows("34", "31", "32", "33", "35", unique_id=str(i))]
-    first, _ = behavior.trajectories(samples, toy.verify, seed=3)
-    again, _ = behavior.trajectories(samples, toy.verify, seed=3)
-    half, _ = behavior.trajectories(samples[50:], toy.verify, seed=3)
+    first, _ = behavior.trajectories(samples, behavior.by_rule, seed=3)
+    again, _ = behavior.trajectories(samples, behavior.by_rule, seed=3)
+    half, _ = behavior.trajectories(samples[50:], behavior.by_rule, seed=3)
     assert first == again
     assert half == [e for e in first if int(e["unique_id"]) >= 10]
 
@@ -143,6 +163,25 @@ def test_main_writes_a_file_that_train_sft_reads(tmp_path, capsys):
     (example,) = load_trajectories(tmp_path / "t.jsonl")
     assert len(example.trajectory) == 6 and example.answer == "34"
     assert "problem: no right sample" in capsys.readouterr().out
+
+
+def test_main_takes_a_verification_file(tmp_path, capsys):
+    """Looked up by problem and equivalent answer; a check longer than its solve is dropped."""
+    write_jsonl(tmp_path / "rollouts.jsonl", rows("34", "31", "32", "36", "34"))
+    right, wrong = VERDICT_SENTENCE["correct"], VERDICT_SENTENCE["incorrect"]
+    checks = [("34.0", f"A. {right}"), ("31", f"B. {wrong}"), ("32", f"C. {right}"), ("36", "D. " * 99 + wrong)]
+    write_jsonl(tmp_path / "v.jsonl", [
+        {"unique_id": "p", "problem": PROBLEM, "answer": answer, "verification": text} for answer, text in checks])
+    flags = ["--rollouts", str(tmp_path / "rollouts.jsonl"), "--out", str(tmp_path / "t.jsonl")]
+    with pytest.raises(ValueError, match="no problem gives a trajectory"):
+        behavior.main([*flags, "--verifications", str(tmp_path / "v.jsonl")])
+    for row in (samples := read_jsonl(tmp_path / "rollouts.jsonl")):
+        row["text"] = "I think that " * 9 + row["text"]
+    write_jsonl(tmp_path / "rollouts.jsonl", samples)
+    behavior.main([*flags, "--verifications", str(tmp_path / "v.jsonl")])
+    (example,) = load_trajectories(tmp_path / "t.jsonl")
+    assert [step["text"] for step in example.trajectory[1::2]] == [f"B. {wrong}", f"A. {right}"]
+    assert "1  verification: longer than the solution" in capsys.readouterr().out
 
 
 def test_main_without_any_trajectory_says_so_and_writes_nothing(tmp_path):

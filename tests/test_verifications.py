@@ -1,0 +1,229 @@
+"""Verifications by a model: what is asked, a hostile endpoint, crashes, and the local model through our sampler."""
+
+import json
+import threading
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from s2r import behavior, verifications
+from s2r.data import load_trajectories, read_jsonl, write_jsonl
+from s2r.trajectory import VERDICT_SENTENCE, VERIFY_OPENING
+from s2r.verifications import Wanted, as_self_check, endpoint, wanted
+from tiny_model import tiny_model
+
+
+def rollouts(count: int) -> list[dict]:
+    """Rows of `count` problems i+1?, each with a right, a wrong and an equal wrong answer."""
+    return [
+        {"unique_id": f"sum/{i}", "problem": f"{i}+1?", "answer": str(i + 1), "sample": j, "finished": True,
+         "text": "I add the two numbers of the problem and find what they make in all, which is this much, I am sure, "
+                 rf"and nothing else at all: \boxed{{{answer}}}."}
+        for i in range(count) for j, answer in enumerate((i + 1, i + 2, f"{i + 2}.0"))
+    ]  # fmt: skip
+
+
+def test_wanted_are_the_distinct_answers_of_problems_with_a_right_one():
+    rows = rollouts(2) + [{"unique_id": "hard", "problem": "?", "answer": "7", "text": r"\boxed{8}"},
+                          {"unique_id": "hard", "problem": "?", "answer": "7", "text": "no idea"}]  # fmt: skip
+    assert [(item.unique_id, item.answer) for item in wanted(rows)] == [
+        ("sum/0", "1"), ("sum/0", "2"), ("sum/1", "2"), ("sum/1", "3")]  # fmt: skip
+
+
+def test_questions_hold_problem_answer_style_and_the_three_sentences():
+    item = Wanted("p", "What is 2+2?", "5")
+    confirm, solve = item.question("confirmative"), item.question("solving")
+    assert all("What is 2+2?" in text and "5" in text for text in (confirm, solve)) and confirm != solve
+    reworded = item.rewording("2+2 is 4, not 5.")
+    assert "2+2 is 4, not 5." in reworded and all(s in reworded for s in VERDICT_SENTENCE.values())
+    assert Wanted("p", "Let {x} be \\frac{1}{2}.", "{1}").question("solving")  # braces are not placeholders
+
+
+@pytest.mark.parametrize("reply, text", [
+    (f"{VERIFY_OPENING} 1+1=2. So.", "1+1=2. So."),
+    (f"  {VERIFY_OPENING}\n1+1=2. ", "1+1=2."),
+    ("First,\n\nLet me try again. No.", "First, Let me try again. No."),
+    (f"So\n{VERIFY_OPENING} yes", f"So {VERIFY_OPENING} yes"),
+])  # fmt: skip
+def test_as_self_check_is_one_verify_without_its_opening(reply, text):
+    assert as_self_check(reply) == text
+
+
+# --- the endpoint ---
+
+
+class Server:
+    """An OpenAI-compatible server on loopback; `behave(handler, question, times asked)` may misbehave and return True."""
+
+    def __init__(self, behave=lambda handler, question, times: False):
+        self.asked: Counter[str] = Counter()
+        self.headers: list[dict] = []
+        lock, server = threading.Lock(), self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                question = body["messages"][0]["content"]
+                with lock:
+                    server.asked[question] += 1
+                    server.headers.append(dict(self.headers))
+                if behave(self, question, server.asked[question]):
+                    return
+                problem = next(line for line in question.splitlines() if line.startswith("Problem: "))
+                i = int(problem.removeprefix("Problem: ").split("+")[0])
+                answer = next(line for line in question.splitlines() if "nswer: " in line).split(": ")[1]
+                verdict = "correct" if int(answer) == i + 1 else "incorrect"
+                self.say(f"{i} and 1 are {i + 1}. {VERDICT_SENTENCE[verdict]}")
+
+            def say(self, content, status: int = 200):
+                text = json.dumps({"choices": [{"message": {"content": content}}]}).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(text)))
+                self.end_headers()
+                self.wfile.write(text)
+
+            def log_message(self, *args):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.base = f"http://127.0.0.1:{self.http.server_port}/v1"
+
+    def __enter__(self):
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.http.shutdown()
+        self.http.server_close()
+
+
+def run(server: Server, rows: list[dict], **change) -> dict[tuple[str, str], str]:
+    settings = {"key": None, "temperature": 0.7, "max_new_tokens": 99, "pause": 0.01, "timeout": 0.5} | change
+    verify = endpoint(server.base, "some-model", "confirmative", **settings)
+    return {(item.unique_id, item.answer): text for item, text in verify(wanted(rows))}
+
+
+def test_endpoint_verifies_every_answer_with_two_questions():
+    with Server() as server:
+        found = run(server, rollouts(5), key="secret")
+    assert len(found) == 10 and set(server.asked.values()) == {1} and sum(server.asked.values()) == 20
+    assert found["sum/3", "4"].endswith("is correct.") and found["sum/3", "5"].endswith("is incorrect.")
+    assert {header["Authorization"] for header in server.headers} == {"Bearer secret"}
+
+
+def test_endpoint_loses_nothing_to_failures_stalls_and_garbage():
+    """Each question meets a trouble of its own the first two times."""
+    stop = threading.Event()
+
+    def misbehave(handler, question, times) -> bool:
+        if times > 2:
+            return False
+        trouble = hash(question) % 6
+        if trouble == 0:
+            handler.say("busy", status=(429, 503)[times - 1])
+        elif trouble == 1:
+            stop.wait(2)  # longer than the client waits
+        elif trouble == 2:
+            handler.say(None if times == 1 else "  ")
+        elif trouble == 3:
+            handler.connection.close()
+        elif trouble == 4:
+            handler.wfile.write(b"\x00\xff not HTTP\r\n\r\n")
+        else:
+            handler.send_response(200)
+            handler.end_headers()
+            handler.wfile.write(b'{"choices": [')
+            handler.connection.close()
+        return True
+
+    with Server(misbehave) as server:
+        found = run(server, rollouts(12))
+        stop.set()
+    assert len(found) == 24 and all(text.endswith("correct.") for text in found.values())
+    assert set(server.asked.values()) == {3}
+
+
+def test_endpoint_gives_up_on_one_question_and_not_on_the_others():
+    def deaf(handler, question, times) -> bool:
+        if "Problem: 1+1?" in question:
+            handler.say("no", status=500)
+            return True
+        return False
+
+    with Server(deaf) as server:
+        found = run(server, rollouts(3), retries=2)
+    assert len(found) == 4 and not any(unique_id == "sum/1" for unique_id, _ in found)
+
+
+def test_endpoint_refusal_is_an_error_without_the_key():
+    def refuse(handler, question, times) -> bool:
+        handler.say("bad key", status=401)
+        return True
+
+    with Server(refuse) as server, pytest.raises(ValueError, match="refused with status 401: .*bad key") as caught:
+        run(server, rollouts(3), key="sk-secret")
+    assert "sk-secret" not in str(caught.value)
+
+
+# --- the command ---
+
+
+def command(tmp_path, *more: str) -> None:
+    verifications.main(["--rollouts", str(tmp_path / "r.jsonl"), "--out", str(tmp_path / "v.jsonl"), *more])
+
+
+def test_command_goes_on_after_a_crash_without_asking_again(tmp_path, monkeypatch, capsys):
+    write_jsonl(tmp_path / "r.jsonl", rollouts(8))
+    monkeypatch.setenv("S2R_TEST_KEY", "k")
+    with Server() as server:
+        flags = ["--api-base", server.base, "--api-model", "m", "--api-key-variable", "S2R_TEST_KEY"]
+        command(tmp_path, *flags)
+        assert sum(server.asked.values()) == 32
+        whole = (tmp_path / "v.jsonl").read_bytes()
+        lines = whole.splitlines(keepends=True)
+        (tmp_path / "v.jsonl").write_bytes(b"".join(lines[:9]) + lines[9][:20])  # killed while writing the tenth
+        server.asked.clear()
+        command(tmp_path, *flags)
+        assert sum(server.asked.values()) == 2 * 7
+        server.asked.clear()
+        command(tmp_path, *flags)
+        assert not server.asked
+    rows = read_jsonl(tmp_path / "v.jsonl")
+    assert len(rows) == len({(row["unique_id"], row["answer"]) for row in rows}) == 16
+    assert "16 of them verified already" in capsys.readouterr().out
+    behavior.main(["--rollouts", str(tmp_path / "r.jsonl"), "--verifications", str(tmp_path / "v.jsonl"),
+                   "--out", str(tmp_path / "t.jsonl"), "--keep", "1", "1", "1", "1"])  # fmt: skip
+    examples = load_trajectories(tmp_path / "t.jsonl")
+    assert len(examples) == 8 and all(len(e.trajectory) == 4 for e in examples)
+
+
+def test_command_with_a_local_model_runs_through_our_sampler(tmp_path, capsys):
+    """A random model's replies are worthless, and stage 0 says so; what matters is that each answer has one."""
+    write_jsonl(tmp_path / "r.jsonl", rollouts(3))
+    folder = tiny_model(tmp_path / "model", context=1024)
+    command(tmp_path, "--model", str(folder), "--max-new-tokens", "8", "--batch", "2", "--style", "solving")
+    assert len(read_jsonl(tmp_path / "v.jsonl")) == 6
+    with pytest.raises(ValueError, match="no problem gives a trajectory"):
+        behavior.main(["--rollouts", str(tmp_path / "r.jsonl"), "--verifications", str(tmp_path / "v.jsonl"),
+                       "--out", str(tmp_path / "t.jsonl")])  # fmt: skip
+    assert "does not match the truth" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, words", [
+    ([], "give --model, or --api-base"), (["--api-base", "http://x"], "with --api-model"),
+    (["--model", "m", "--api-base", "http://x", "--api-model", "m"], "give --model, or"),
+])  # fmt: skip
+def test_command_wants_one_source(tmp_path, flags, words):
+    write_jsonl(tmp_path / "r.jsonl", rollouts(1))
+    with pytest.raises(ValueError, match=words):
+        command(tmp_path, *flags)
+
+
+def test_command_names_rows_that_are_no_rollouts(tmp_path):
+    write_jsonl(tmp_path / "r.jsonl", [{"problem": "x"}])
+    with pytest.raises(ValueError, match=r"r.jsonl: row 1: not a rollout"):
+        command(tmp_path, "--model", "m")
+    write_jsonl(tmp_path / "v.jsonl", [{"problem": "x"}])
+    with pytest.raises(ValueError, match=r'v.jsonl: row 1: .*"verification"'):
+        verifications.load_verifications(tmp_path / "v.jsonl")
