@@ -8,6 +8,8 @@
 
     trajectory file   {"unique_id", "problem", "answer", "trajectory": [solve, verify, solve, verify, …]}
     with steps        {"kind": "solve", "text", "correct"}   {"kind": "verify", "text", "verdict"}
+    or a problem file with `solution`: one right solve and no verify, the paper's baselines for stage 1 (solutions as they
+    were published, or long chains of thought)
 
 Everything here comes from a user: what cannot be used is a ValueError or FileNotFoundError that names file and row.
 """
@@ -120,7 +122,7 @@ def load_problems(path: str | Path, limit: int = 0) -> list[Problem]:
 
 
 def load_trajectories(path: str | Path) -> list[Example]:
-    """Trajectories of a file, each checked against the grammar and the transition rule.
+    """Trajectories of a file, each checked against the grammar and the transition rule; or the solutions of one.
 
     Raises FileNotFoundError, and ValueError naming file and row.
     """
@@ -129,7 +131,11 @@ def load_trajectories(path: str | Path) -> list[Example]:
         try:
             problem = _problem(row, f"{Path(path).stem}/{number - 1}")
             steps = row.get("trajectory")
-            _check_steps(steps)
+            if steps is None and problem.solution:
+                steps = [{"kind": "solve", "text": _boxed(problem), "correct": True}]
+                render(steps)
+            else:
+                _check_steps(steps)
         except ValueError as error:
             raise ValueError(f"{path}: row {number}: {error}") from error
         examples.append(Example(problem.unique_id, problem.problem, problem.answer, steps))
@@ -172,6 +178,13 @@ def _problem(row: dict, unique_id: str) -> Problem:
     return Problem(
         problem, answer, str(row.get("unique_id") or unique_id), level, row.get("subject", row.get("type")), solution
     )
+
+
+def _boxed(problem: Problem) -> str:
+    """The solution of a problem, which ends in the gold answer in a box also where the file has it after "####"."""
+    if extract_answer(problem.solution) is not None:
+        return problem.solution
+    return f"{problem.solution.partition('####')[0].strip()}\nThe answer is \\boxed{{{problem.answer}}}."
 
 
 def _check_steps(steps: object) -> None:

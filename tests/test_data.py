@@ -186,6 +186,17 @@ def test_load_trajectories_reads_one_and_more_trials(tmp_path):
         Example("u", "p", "2", short), Example("u", "p", "2", long)]
 
 
+def test_load_trajectories_takes_the_solutions_of_a_problem_file(tmp_path):
+    """SFT on solutions: boxed as MATH has them, after #### as GSM8K has them."""
+    path = write(tmp_path, {"problem": "p", "solution": r"It is \boxed{2}."}, {"question": "q", "answer": "1+1=2\n#### 2"})
+    math, gsm = load_trajectories(path)
+    assert math.trajectory == [solve(True, r"It is \boxed{2}.")]
+    assert gsm.trajectory == [solve(True, "1+1=2\nThe answer is \\boxed{2}.")]
+    path = write(tmp_path, {"problem": "p", "solution": "\\boxed{2}\n\nWait, let me recheck my solution. Hm."})
+    with pytest.raises(ValueError, match="row 1: .*opens another action"):
+        load_trajectories(path)
+
+
 @pytest.mark.parametrize("row, words", [
     ({"problem": "p", "answer": "2"}, '"trajectory" is not a list'),
     ({"problem": "p", "trajectory": [solve(True), verify("correct")]}, '"answer" is empty or missing'),
