@@ -11,15 +11,17 @@ With `--n 5 --temperature 0.7` it is the collector of stage 0 (METHOD: K = 5 sam
 import s2r  # isort: skip  # noqa: F401
 
 import json
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from s2r import runtime, toy
+from s2r import rl, runtime, toy
 from s2r.data import Problem, load_problems, write_jsonl
 from s2r.grade import parsable
 from s2r.metrics import at_k, summarize, table
+from s2r.page import page
 from s2r.rollouts import roll_out, show
 
 
@@ -36,6 +38,7 @@ class Config:
     seed: int = 0  # of the random stream
     out: str = ""  # rollout file to write, JSONL
     report: str = ""  # metrics to write, JSON
+    html: str = ""  # web page of the trajectories to write
     show: int = 1  # trajectories to print after a run over a file
     slots: int = 128  # rows decoded at a time; fewer take less memory
     tokens_per_microbatch: int = 16_384  # prompt tokens run through the model at a time
@@ -54,7 +57,7 @@ def main(cfg: Config) -> None:
     else:
         toy.ensure(cfg.data)
         problems = load_problems(cfg.data, cfg.limit)
-    for path in filter(None, (cfg.out, cfg.report)):
+    for path in filter(None, (cfg.out, cfg.report, cfg.html)):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     device, dtype = runtime.pick(cfg.device, cfg.dtype)
     model, tokenizer = runtime.load(cfg.model, device, dtype)
@@ -75,9 +78,12 @@ def main(cfg: Config) -> None:
     seconds = time.perf_counter() - start
 
     for trajectory in trajectories if cfg.ask else trajectories[: cfg.show]:
-        print(show(trajectory), end="\n\n")
+        print(show(trajectory, colour=sys.stdout.isatty()), end="\n\n")
     if cfg.out:
         write_jsonl(cfg.out, (trajectory.to_row() for trajectory in trajectories))
+    if cfg.html:
+        credits = rl.online_credit(trajectories, "process", cfg.n)
+        Path(cfg.html).write_text(page(trajectories, credits, tokenizer, f"{cfg.model} on {cfg.ask or cfg.data}"))
     if cfg.ask:
         return
     metrics = summarize(trajectories) | at_k(trajectories)

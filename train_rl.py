@@ -13,6 +13,7 @@ take several clipped policy-gradient updates on them. Offline the rollouts come 
 # Before torch: s2r settles how torch's threads wait.
 import s2r  # isort: skip  # noqa: F401
 
+import sys
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -146,7 +147,7 @@ def main(cfg: Config) -> None:
             | clock.parts
         )
         if cfg.show_every and step % cfg.show_every == 0:
-            print(show(trajectories[0]), end="\n\n")
+            print(show(trajectories[0], colour=sys.stdout.isatty()), end="\n\n")
         if cfg.eval_every and step % cfg.eval_every == 0:
             if sampler is not model:
                 sampler.copy_from(model)
