@@ -269,7 +269,7 @@ def _arguments(hidden, weight, targets, hidden_ref, weight_ref) -> tuple[list, d
 def _merge(partial: torch.Tensor, temperature: float) -> list[torch.Tensor]:
     """The sums over the whole vocabulary from those of its splits, partial (splits, 3 or 6, T).
 
-    They add up as tiles do in the kernel. Returns m, log s and entropy, and with a reference m_ref, log s_ref and KL; all (T,).
+    They add up as in the kernel. Returns m, log s, entropy, and with a reference m_ref, log s_ref, KL, each (T,).
     """
     m_split, s_split, u_split, *ref = partial.unbind(1)  # each (splits, T)
     m = m_split.amax(0)
