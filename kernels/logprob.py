@@ -17,7 +17,7 @@ registers. The vocabulary is cut into a few splits, and a program of the forward
     tokens 0     program 0    program 2    program 4          token the maximum m of z so far and Σ e^(z−m),
     tokens 1     program 1    program 3    program 5          Σ (z−m)·e^(z−m); a larger m rescales the sums
 
-after which a few torch operations on (splits, T) merge the cells: 3 MB at the sizes above. The backward goes through
+after which a few torch operations on (splits, T) merge the cells: 2 MB at the sizes above. The backward goes through
 slabs of the vocabulary, all tokens × some entries. Its kernel writes one slab of dz, a program a tile, and two plain
 matmuls, which run at the speed of the chip, make of it those rows of dW, each written once, and a share of dh, summed
 in fp32. Beyond dh and dW it holds one slab and one (T, D) in fp32: 250 MB at the sizes above and D = 3,584. There are

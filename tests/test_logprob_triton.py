@@ -23,7 +23,7 @@ LENGTHS = [1, 17, 64, 127, 128, 129, 257]
 # 2⁻¹² in fp16, and so are the gradients themselves and, with several slabs, each slab's share of dh.
 TOLERANCE = {torch.float32: (1e-5, 2e-6), torch.bfloat16: (1e-5, 4e-3), torch.float16: (1e-5, 5e-4)}
 # RMS error against float64 as a multiple of that of PyTorch in the same dtype. In fp32 the order of the sums is all the
-# error there is, and either may be luckier. In 16 bits PyTorch rounds the logits besides: ours is as a rule far smaller.
+# error there is, and either may be luckier. In 16 bits PyTorch rounds the logits too: ours is as a rule far smaller.
 NO_WORSE = {torch.float32: 2.0, torch.bfloat16: 1.05, torch.float16: 1.05}
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
@@ -239,15 +239,15 @@ def test_triton_head_overwrites_its_buffers_and_leaves_its_inputs(with_kl, dtype
 
 
 @dtypes
-def test_triton_head_in_many_splits_slabs_and_groups(dtype, monkeypatch):
+@pytest.mark.parametrize("splits, with_kl", [(1, True), (2, False), (99, True)])
+def test_triton_head_in_any_splits_slabs_and_groups(splits, with_kl, dtype, monkeypatch):
     """Wherever tokens and vocabulary are cut, the result is the same but for the order of the sums."""
-    case = make(257, dtype, V=1100)
+    T = 33 if with_kl else 257
+    case = make(T, dtype, V=700, with_kl=with_kl)
     whole = run(_TritonHead, case)
-    monkeypatch.setattr(logprob, "_splits", lambda blocks, tiles, processors: tiles)
-    monkeypatch.setattr(
-        logprob, "SLAB_BYTES", 300 * 257 * case.hidden.itemsize
-    )  # 256 entries: five slabs, the last of 76
-    monkeypatch.setattr(logprob, "GROUP", 2)  # of 3 or 5 blocks
+    monkeypatch.setattr(logprob, "_splits", lambda blocks, tiles, processors: min(splits, tiles))
+    monkeypatch.setattr(logprob, "SLAB_BYTES", 256 * T * case.hidden.itemsize)  # three slabs, the last one smaller
+    monkeypatch.setattr(logprob, "GROUP", 2)  # of three blocks in 16 bits, five in fp32
     monkeypatch.setitem(NO_WORSE, dtype, max(1.25, NO_WORSE[dtype]))  # one rounding more: of each slab's share of dh
     assert_same(check(case), whole)
 
