@@ -122,18 +122,21 @@ def test_token_logp_of_no_tokens_is_empty():
     assert logp.shape == entropy.shape == (0,) and not weight.grad.any()
 
 
+class Largest(TorchDispatchMode):
+    """How many elements the largest tensor has that any operation made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        self.elements = max(self.elements, *(x.untyped_storage().nbytes() // x.itemsize for x in made), 0)
+        return out
+
+
 @pytest.mark.parametrize("with_kl", [False, True])
 def test_no_tensor_has_all_the_logits(with_kl, monkeypatch):
     """Every tensor that any operation makes, forward and backward, is one chunk of logits or smaller than T·V."""
-
-    class Largest(TorchDispatchMode):
-        elements = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
-            self.elements = max(self.elements, *(x.untyped_storage().nbytes() // x.itemsize for x in made), 0)
-            return out
 
     monkeypatch.setattr(logprob, "CHUNK_ELEMENTS", 8 * V)
     hidden, weight, targets, hidden_ref, weight_ref, upstream = inputs()
