@@ -52,8 +52,14 @@ def signature(kernel) -> dict[str, str]:
     return types
 
 
-def kernels() -> Iterator[tuple[str, object, dict[str, int], int, int]]:
+def kernels(capability: int) -> Iterator[tuple[str, object, dict[str, int], int, int]]:
     """Every kernel with the constants, warps and stages that it runs with: attention by E, log p of the 7B model."""
+    for with_kl in (False, True):
+        tiles = P._tiles(2, with_kl, capability // 10)
+        warps, stages = tiles.pop("num_warps"), tiles.pop("num_stages")
+        constants = {"D": 3584, "D_REF": 3584, "WITH_KL": with_kl, "GROUP": P.GROUP, **tiles}
+        for name, kernel in (("forward", P._forward_kernel), ("slab of dz", P._slab_kernel)):
+            yield f"log p{' and KL' if with_kl else ''} {name}", kernel, constants, warps, stages
     for E in (64, 80, 128, 256):
         BLOCK_E, tiles = A._tiles(E, torch.bfloat16)
         for name, kernel in (
@@ -78,7 +84,7 @@ def compile_report() -> list[dict]:
 
     rows = []
     for capability in (80, 90):
-        for name, kernel, constants, warps, stages in kernels():
+        for name, kernel, constants, warps, stages in kernels(capability):
             types = signature(kernel)
             aligned = {  # what the launcher finds out at run time: pointers and strides divide by 16
                 (i,): [["tt.divisibility", 16]]

@@ -1,6 +1,5 @@
 """The Triton head, on a GPU or under the interpreter, against log_softmax over all the logits in float64."""
 
-import json
 import os
 import subprocess
 import sys
@@ -310,49 +309,3 @@ import kernels.attention
 from kernels.logprob import token_logp
 assert token_logp(torch.zeros(2, 3), torch.zeros(4, 3), torch.tensor([0, 3]))[0].isfinite().all()
 """)
-
-
-COMPILE = """
-import itertools, json, re, subprocess, warnings
-warnings.simplefilter("ignore")
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from kernels.logprob import GROUP, _forward_kernel, _slab_kernel, _tiles
-
-TYPES = {name: "*bf16" for name in ("hidden", "weight", "hidden_ref", "weight_ref", "grad_z")}
-TYPES |= {name: "*fp32" for name in ("target_logit", "partial", "stats", "upstream")}
-TYPES |= {"targets": "*i64", "scale": "fp32", "inverse_temperature": "fp32"}
-rows = []
-for capability, with_kl, kernel in itertools.product((80, 90), (0, 1), (_forward_kernel, _slab_kernel)):
-    options = _tiles(2, bool(with_kl), capability // 10)
-    constants = {"D": 3584, "D_REF": 3584, "WITH_KL": bool(with_kl), "GROUP": GROUP, **options}
-    launch = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
-    signature = {name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in kernel.arg_names}
-    # As at a launch: addresses and strides that 16 divides.
-    wide = [i for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*" or name.endswith("stride")]
-    source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in wide})
-    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch)
-    with open(SCRATCH, "wb") as file:
-        file.write(built.asm["cubin"])
-    tool = triton.knobs.nvidia.cuobjdump.path
-    usage = subprocess.run([tool, "-res-usage", SCRATCH], capture_output=True, text=True, check=True).stdout
-    registers, stack = map(int, re.search(r"REG:(\\d+) STACK:(\\d+)", usage).groups())
-    sass = subprocess.run([tool, "-sass", SCRATCH], capture_output=True, text=True, check=True).stdout
-    spills = len(re.findall(r"\\b(?:STL|LDL)\\b", sass))
-    matmuls = sorted(set(re.findall(r"wgmma\\.mma_async|mma\\.sync", built.asm["ptx"])))
-    rows.append([kernel.__name__, with_kl, capability, registers, stack, spills, built.metadata.shared, matmuls])
-print(json.dumps(rows))
-"""
-
-
-def test_logprob_kernels_compile_for_ampere_and_hopper(tmp_path):
-    """bf16 and the shipped tiles on sm_80 and sm_90: no spills, shared memory within the chip's, tensor cores used."""
-    code = f"SCRATCH = {str(tmp_path / 'kernel.cubin')!r}\n{COMPILE}"
-    rows = json.loads(python(code, TRITON_CACHE_DIR=str(tmp_path)))
-    assert len(rows) == 8
-    for name, with_kl, capability, registers, stack, spills, shared, matmuls in rows:
-        print(f"{name:15} kl={with_kl} sm_{capability} {registers} registers, {shared // 1024} KB, {matmuls}")
-        assert registers <= 255 and stack == spills == 0
-        assert shared <= {80: 163, 90: 227}[capability] * 1024
-        assert matmuls == {80: ["mma.sync"], 90: ["wgmma.mma_async"]}[capability]
