@@ -11,6 +11,7 @@ With `--n 5 --temperature 0.7` it is the collector of stage 0 (METHOD: K = 5 sam
 import s2r  # isort: skip  # noqa: F401
 
 import json
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -47,6 +48,8 @@ class Config:
 
 
 def main(cfg: Config) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("sample.py runs as one process; start it without torchrun, on a part of the data per GPU")
     runtime.positive(cfg, "n", "max_new_tokens", "slots")
     if not cfg.temperature >= 0:
         raise ValueError(f"--temperature {cfg.temperature}: give 0 or more")

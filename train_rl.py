@@ -21,10 +21,11 @@ import numpy as np
 import torch
 
 from s2r import rl, runtime, toy
-from s2r.data import load_problems
+from s2r.data import Problem, load_problems
 from s2r.metrics import summarize, table
 from s2r.model import Transformer
 from s2r.packing import Pack, pack, policy_logp
+from s2r.parallel import Ranks
 from s2r.rollouts import Trajectory, encode_prompts, load_rollouts, roll_out, show
 from s2r.selection import select
 from s2r.tokenizer import Tokenizer
@@ -84,11 +85,15 @@ def main(cfg: Config) -> None:
     encode_prompts(problems + held_out, tokenizer, model.config.max_positions)  # better an error now than at their turn
     recorded, recorded_credits = recall(cfg, tokenizer) if cfg.offline else ([], [])
     reference = runtime.load(cfg.model, device, dtype)[0]  # π_ref, fixed
-    # Where the weights are fp32 and the compute is not, the sampler has its own copy in the compute dtype.
-    sampler = model if model.embed.dtype == dtype else Transformer(model.config, dtype, device)
+    ranks = Ranks(device)
+    # Where the weights are fp32 and the compute is not, or spread over ranks, the sampler has a copy in the compute dtype.
+    alone = ranks.size == 1 and model.embed.dtype == dtype
+    sampler = model if alone else Transformer(model.config, dtype, device)
+    for network in (model, reference):
+        ranks.shard(network)
     sampling = {"max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed, "slots": cfg.slots}
 
-    run = runtime.Run(cfg)
+    run = runtime.Run(cfg, ranks)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=True)
     done = run.restore(model, optimizer) if cfg.resume else 0
     # What one pass goes through, and how much of it a step takes.
@@ -106,8 +111,8 @@ def main(cfg: Config) -> None:
             if sampler is not model:
                 sampler.copy_from(model)
             batch = [problems[i] for i in chosen]
-            trajectories = roll_out(
-                sampler, tokenizer, batch, n=cfg.rollouts, temperature=cfg.temperature, step=step, **sampling
+            trajectories = roll_out_shares(
+                ranks, sampler, tokenizer, batch, n=cfg.rollouts, temperature=cfg.temperature, step=step, **sampling
             )
         clock.lap("rollout")
 
@@ -122,7 +127,7 @@ def main(cfg: Config) -> None:
         shuffled = runtime.order(len(trajectories), cfg.seed + 1, step)
         for rows in np.array_split(shuffled, cfg.updates):
             part = [(trajectories[i], credits[i]) for i in rows]
-            updates.append(score(part, reference if cfg.offline else model, reference, cfg, device))
+            updates.append(score(part, ranks, reference if cfg.offline else model, reference, cfg))
         clock.lap("score")
 
         # 4. Policy gradient: one optimizer step per update, its loss the sum over its micro-batches.
@@ -131,7 +136,7 @@ def main(cfg: Config) -> None:
             for m in work:
                 logp, _ = policy_logp(model, m.pack, cfg.temperature)
                 loss, ratio = rl.policy_loss(logp, m.logp_old, m.span, m.advantage, m.weight, epsilon=cfg.epsilon)
-                loss.backward()
+                (loss * ranks.size).backward()  # the ranks' gradients are averaged, and we want their sum
                 ratios.append(ratio)
             lr = cfg.lr * min(1.0, step / cfg.warmup) if cfg.warmup else cfg.lr
             what = f"step {step}, problems {list(dict.fromkeys(t.problem.unique_id for t in trajectories))}"
@@ -142,17 +147,18 @@ def main(cfg: Config) -> None:
         scored = [m for work in updates for m in work]
         run.log(
             {"step": step}
-            | measure(trajectories, credits, scored, torch.cat(ratios), cfg)
+            | measure(trajectories, credits, scored, torch.cat(ratios), ranks, cfg)
             | {"grad_norm": sum(norms) / len(norms), "lr": lr}
             | clock.parts
         )
-        if cfg.show_every and step % cfg.show_every == 0:
+        if cfg.show_every and step % cfg.show_every == 0 and run.first:
             print(show(trajectories[0], colour=sys.stdout.isatty()), end="\n\n")
         if cfg.eval_every and step % cfg.eval_every == 0:
             if sampler is not model:
                 sampler.copy_from(model)
-            greedy = roll_out(sampler, tokenizer, held_out, n=1, temperature=0.0, **sampling)
-            print(table({f"step {step}, {cfg.eval_data}": summarize(greedy)}))
+            greedy = roll_out_shares(ranks, sampler, tokenizer, held_out, n=1, temperature=0.0, **sampling)
+            if run.first:
+                print(table({f"step {step}, {cfg.eval_data}": summarize(greedy)}))
         if step % cfg.save_every == 0 or step == cfg.steps:
             run.save(model, optimizer, step)
 
@@ -193,14 +199,24 @@ class Scored:
     entropy: torch.Tensor  # (K,)
 
 
+def roll_out_shares(ranks: Ranks, sampler, tokenizer, problems: list[Problem], **settings) -> list[Trajectory]:
+    """`roll_out`, each rank a share of the problems; every rank gets all trajectories, problem by problem."""
+    mine = list(range(ranks.rank, len(problems), ranks.size))
+    found = roll_out(sampler, tokenizer, [problems[i] for i in mine], streams=mine, **settings)
+    place = {problem.unique_id: i for i, problem in enumerate(problems)}
+    return sorted(ranks.gather(found), key=lambda t: (place[t.problem.unique_id], t.sample))
+
+
 @torch.no_grad()
-def score(part: list[tuple[Trajectory, rl.Credit]], old, reference, cfg: Config, device) -> list[Scored]:
-    """The micro-batches of one update. They are formed once, so that π_θ starts out as π_old to the last bit."""
+def score(part: list[tuple[Trajectory, rl.Credit]], ranks: Ranks, old, reference, cfg: Config) -> list[Scored]:
+    """This rank's micro-batches of one update. They are formed once, so that π_θ starts out as π_old to the last bit."""
+    total, device = len(part), ranks.device
+    part = [part[i] for i in ranks.share([len(t.prompt_ids) + len(t.ids) for t, _ in part])]
     ids = [t.prompt_ids + t.ids for t, _ in part]
     scored = [list(range(len(t.prompt_ids), len(t.prompt_ids) + len(t.ids))) for t, _ in part]  # no prompt token
     out = []
-    for p in pack(ids, scored, cfg.tokens_per_microbatch, device):
-        span, reward, baseline, weight = rl.spans([part[row][1] for row in p.rows], len(part), device)
+    for p in ranks.even(pack(ids, scored, cfg.tokens_per_microbatch, device)):
+        span, reward, baseline, weight = rl.spans([part[row][1] for row in p.rows], total, device)
         logp_old, entropy = policy_logp(old, p, cfg.temperature)
         logp_ref = logp_old if old is reference else policy_logp(reference, p, cfg.temperature)[0]
         advantage = rl.advantages(reward, baseline, logp_old, logp_ref, span, beta=cfg.beta)
@@ -209,23 +225,25 @@ def score(part: list[tuple[Trajectory, rl.Credit]], old, reference, cfg: Config,
     return out
 
 
-def measure(trajectories, credits, scored: list[Scored], ratio: torch.Tensor, cfg: Config) -> dict:
-    """The numbers of one step, over all its rollouts and tokens (README, "What is logged")."""
+def measure(trajectories, credits, scored: list[Scored], ratio: torch.Tensor, ranks: Ranks, cfg: Config) -> dict:
+    """The numbers of one step, over all its rollouts and tokens and all ranks (README, "What is logged")."""
     metrics = summarize(trajectories)
     rewards = [sum(credit.reward) / len(credit.reward) for credit in credits]  # weighed as in the loss: 1/|y|_a each
     old, ref, sampled, entropy = (
         torch.cat([getattr(m, name) for m in scored]) for name in ("logp_old", "logp_ref", "logp_sampled", "entropy")
     )
+    parts = (old - ref, entropy, (sampled - old).abs(), torch.ones_like(old), (ratio - 1).abs() > cfg.epsilon, ratio > 0)
+    kl, surprise, gap, tokens, clipped, spans = ranks.sum([part.sum().item() for part in parts])
     return {
         "reward": sum(rewards) / len(rewards),
         **{
             name: metrics[name]
             for name in ("accuracy", "first_accuracy", "trials", "va", "icr", "cir", "tokens", "finished")
         },
-        "kl": (old - ref).mean().item(),
-        "entropy": entropy.mean().item(),
-        "gap": (sampled - old).abs().mean().item(),
-        "clipped": ((ratio - 1).abs() > cfg.epsilon).float().mean().item(),
+        "kl": kl / tokens,
+        "entropy": surprise / tokens,
+        "gap": gap / tokens,
+        "clipped": clipped / spans,
     }
 
 

@@ -22,6 +22,7 @@ from kernels.logprob import token_logp, token_logp_kl
 from s2r import runtime, toy
 from s2r.data import load_trajectories
 from s2r.packing import pack, predictors, sft_targets
+from s2r.parallel import Ranks
 from s2r.trajectory import encode, prompt
 
 
@@ -54,6 +55,9 @@ def main(cfg: Config) -> None:
     model, tokenizer = runtime.load(cfg.model, device, dtype, train=True)
     model.checkpointing = cfg.checkpointing
     base = runtime.load(cfg.model, device, dtype)[0] if cfg.kl else None  # π_base, fixed
+    ranks = Ranks(device)
+    for network in filter(None, (model, base)):
+        ranks.shard(network)
 
     sequences, scored = [], []  # token ids of each example; positions in it that have a loss, δ = 1 in (1)
     for example in examples:
@@ -68,20 +72,21 @@ def main(cfg: Config) -> None:
     steps = cfg.epochs * per_epoch
     print(f"{len(sequences)} of {len(examples)} examples within {cfg.max_length} tokens, {steps} steps")
 
-    run = runtime.Run(cfg)
+    run = runtime.Run(cfg, ranks)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=True)
     done = run.restore(model, optimizer) if cfg.resume else 0
     for step in range(done + 1, steps + 1):
         start = time.perf_counter()
         epoch, at = divmod(step - 1, per_epoch)
         batch = runtime.order(len(sequences), cfg.seed, epoch)[at * cfg.batch_size :][: cfg.batch_size]
-        packs = pack([sequences[i] for i in batch], [scored[i] for i in batch], cfg.tokens_per_microbatch, device)
+        mine = [batch[j] for j in ranks.share([len(sequences[i]) for i in batch])]
+        packs = pack([sequences[i] for i in mine], [scored[i] for i in mine], cfg.tokens_per_microbatch, device)
         # Departs from the paper: (1) divided by the target tokens of the batch, not by its trajectories. Counted over the
-        # whole batch, so that micro-batches do not change the gradient.
-        tokens = sum(len(p.scored) for p in packs)
+        # whole batch, so that micro-batches and ranks do not change the gradient.
+        tokens = sum(len(scored[i]) for i in batch)
 
         nll = kl = 0.0
-        for p in packs:
+        for p in ranks.even(packs):
             hidden = predictors(model, p)  # (K, D)
             if base is None:
                 logp, _ = token_logp(hidden, model.head_weight, p.targets)
@@ -92,14 +97,15 @@ def main(cfg: Config) -> None:
                 logp, _, divergence = token_logp_kl(hidden, model.head_weight, p.targets, hidden_base, base.head_weight)
                 loss = (-logp + cfg.kl * divergence).sum() / tokens
                 kl += divergence.sum().item() / tokens
-            loss.backward()
+            (loss * ranks.size).backward()  # the ranks' gradients are averaged, and we want their sum
             nll -= logp.sum().item() / tokens
         lr = cfg.lr * min(1.0, step / cfg.warmup) if cfg.warmup else cfg.lr
         what = f"step {step}, examples {batch}"
         norm = runtime.optimizer_step(model, optimizer, lr=lr, clip=cfg.max_grad_norm, what=what)
 
+        nll, kl = ranks.sum([nll, kl])
         seconds = time.perf_counter() - start
-        read = sum(len(p.ids) for p in packs)
+        read = sum(len(sequences[i]) for i in batch)
         row = {"step": step, "epoch": epoch, "nll": nll, "kl": kl, "grad_norm": norm, "lr": lr, "tokens": read}
         run.log(row | {"tokens_per_second": read / seconds})
         if step % cfg.save_every == 0 or step == steps:

@@ -43,14 +43,14 @@ def generate(
     stop_ids: Iterable[int],
     seed: int = 0,
     step: int = 0,
-    problems: Sequence[int] | None = None,
+    streams: Sequence[int] | None = None,
     slots: int = 128,
     prefill_tokens: int = 16_384,
     progress: bool = True,
 ) -> list[Rollout]:
     """Sample n responses to each prompt, from the whole distribution softmax(logits / temperature); 0 takes the argmax.
 
-    `problems` names each prompt in the random stream (default: its index), so that a share of the prompts, on another
+    `streams` names the random stream of each prompt (default: its index), so that a share of the prompts, on another
     rank say, draws what the whole would. `slots` rows are decoded at a time, `prefill_tokens` tokens of prompts run
     through the model at a time: both change memory and speed alone.
     Returns the rollouts in order: prompt 0 sample 0, prompt 0 sample 1, … Raises ValueError for an empty prompt or one
@@ -66,7 +66,7 @@ def generate(
     for i, prompt in enumerate(prompts):
         if not 0 < len(prompt) < context:
             raise ValueError(f"prompt {i} has {len(prompt)} tokens; the model's context holds 1 to {context - 1}")
-    problems = range(len(prompts)) if problems is None else problems
+    names = range(len(prompts)) if streams is None else streams
     waiting = deque((i, j) for i in range(len(prompts)) for j in range(n))
     if not waiting:
         return []
@@ -78,7 +78,7 @@ def generate(
         free = list(range(rows.slots))
         while True:
             jobs = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]
-            streams = [np.random.default_rng((seed, step, problems[i], j)) for i, j in jobs]
+            streams = [np.random.default_rng((seed, step, names[i], j)) for i, j in jobs]
             rows.start(free[: len(jobs)], jobs, streams)
             for slot in reversed(free[len(jobs) :]):  # nothing waits: close the hole
                 rows.close(slot)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import attention, decode_attention
@@ -214,10 +215,13 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def copy_from(self, other: "Transformer") -> None:
-        """Take over the weights of a model of the same shape, cast to the dtype of this one's, and its vocabulary."""
+        """Take over the weights of a model of the same shape, cast to the dtype of this one's, and its vocabulary.
+
+        The other's parameters may be spread over ranks; all of them have to call this then.
+        """
         self.vocab_size = other.vocab_size
         for ours, theirs in zip(self.parameters(), other.parameters(), strict=True):
-            ours.copy_(theirs)
+            ours.copy_(theirs.full_tensor() if isinstance(theirs, DTensor) else theirs)
 
     def init_weights(self, seed: int, std: float = 0.02) -> None:
         """Fresh weights as GPT-2 draws them: normal, the two matrices that end a residual branch scaled down."""

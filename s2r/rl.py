@@ -148,7 +148,7 @@ def spans(
     `trajectories` is B, the number in the whole update. The weights carry the expectation of (3) and (6): 1/B for a
     trajectory, 1/(B·|y|_a) for an action. Over an update they sum to 1, however it is split into micro-batches.
     """
-    tokens = torch.tensor([n for credit in credits for n in credit.tokens], device=device)
+    tokens = torch.tensor([n for credit in credits for n in credit.tokens], dtype=torch.int64, device=device)
     span = torch.arange(len(tokens), device=device).repeat_interleave(tokens)
     reward = torch.tensor([r for credit in credits for r in credit.reward], device=device)
     baseline = torch.tensor([b for credit in credits for b in credit.baseline], device=device)

@@ -23,14 +23,25 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
 
 from s2r import toy
 from s2r.model import Transformer
+from s2r.parallel import Ranks
 from s2r.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 STATE = "state.pt"
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # as if there were one process, whatever their number
 
 
 def parse(config: type, argv: list[str] | None = None):
@@ -62,9 +73,10 @@ def start(main: Callable, config: type) -> None:
     So does what the operating system refuses, which names the file; a ValueError out of a library keeps its traceback.
     """
     try:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError("more than one process is not supported yet; start the script without torchrun")
         main(parse(config))
+        if dist.is_initialized():
+            dist.barrier()  # the first rank may still be writing
+            dist.destroy_process_group()
     except (ValueError, OSError) as error:
         folder = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent  # exact: .venv may lie in ROOT
         if isinstance(error, ValueError) and folder not in (ROOT, ROOT / "s2r", ROOT / "kernels"):
@@ -87,6 +99,8 @@ def pick(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and "LOCAL_RANK" in os.environ:  # one GPU per process of torchrun
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise ValueError(f"--device {device}: not a device; use auto, cpu, cuda or cuda:1")
     if device != "cpu" and not torch.cuda.is_available():
@@ -129,15 +143,17 @@ class Clock:
 
 
 class Run:
-    """A run folder, from its settings to its last checkpoint."""
+    """A run folder, from its settings to its last checkpoint. Only the first rank writes."""
 
-    def __init__(self, cfg):
+    def __init__(self, cfg, ranks: Ranks):
         """Make `cfg.out`, or take up the run in it with `cfg.resume`.
 
         Raises FileExistsError when it holds a run already, FileNotFoundError when there is none to resume, and
         ValueError when the run to resume had other settings.
         """
-        self.folder, self.base = Path(cfg.out), Path(cfg.model)
+        self.folder, self.base, self.first = Path(cfg.out), Path(cfg.model), ranks.rank == 0
+        if not self.first:
+            return
         settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k != "resume"}
         file = self.folder / "run.json"
         if cfg.resume:
@@ -160,12 +176,25 @@ class Run:
 
     def log(self, row: dict) -> None:
         """One step: a row of log.jsonl and a line on the screen."""
+        if not self.first:
+            return
         with (self.folder / "log.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
         print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
 
     def save(self, model: Transformer, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Checkpoint after `step` steps. Raises OSError when it cannot be written; the one before is then untouched."""
+        state = {  # all ranks take part in gathering it; the first has it whole
+            "step": step,
+            "model": get_model_state_dict(model, options=WHOLE),
+            "optimizer": get_optimizer_state_dict(model, optimizer, options=WHOLE),
+        }
+        if not self.first:
+            return
+        if any(isinstance(p, DTensor) for p in model.parameters()):
+            whole = Transformer(model.config, model.dtype)
+            whole.load_state_dict(state["model"])
+            model = whole
         scratch = self.folder / "saving.tmp"
         try:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -176,9 +205,7 @@ class Run:
                     file.name,
                 ):
                     shutil.copyfile(file, scratch / file.name)
-            torch.save(
-                {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, scratch / STATE
-            )
+            torch.save(state, scratch / STATE)
             for file in sorted(scratch.iterdir(), key=lambda file: file.name == STATE):  # the state last
                 os.replace(file, self.folder / file.name)
             scratch.rmdir()
@@ -190,12 +217,13 @@ class Run:
 
     def restore(self, model: Transformer, optimizer: torch.optim.Optimizer) -> int:
         """Load state.pt into model and optimizer, cut the log to its step, and return the number of steps done."""
-        state = torch.load(self.folder / STATE, map_location=model.embed.device, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        state = torch.load(self.folder / STATE, map_location="cpu", weights_only=True)
+        set_model_state_dict(model, state["model"], options=WHOLE)
+        set_optimizer_state_dict(model, optimizer, state["optimizer"], options=WHOLE)
         log = self.folder / "log.jsonl"
-        rows = log.read_text().splitlines(keepends=True) if log.exists() else []
-        _write(log, "".join(rows[: state["step"]]))  # a row per step; the last one may be torn
+        if self.first:
+            rows = log.read_text().splitlines(keepends=True) if log.exists() else []
+            _write(log, "".join(rows[: state["step"]]))  # a row per step; the last one may be torn
         return state["step"]
 
 
@@ -219,7 +247,8 @@ def optimizer_step(model: Transformer, optimizer: torch.optim.Optimizer, *, lr: 
 
     Raises ValueError, with `what` the batch was, when the gradient is not finite; the weights are then untouched.
     """
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()  # over the parameters of all ranks
     if not norm < float("inf"):
         raise ValueError(f"{what}: the gradient's norm is {norm}; the last checkpoint is kept. A lower --lr may help")
     for group in optimizer.param_groups:

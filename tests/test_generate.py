@@ -165,7 +165,7 @@ def test_rollouts_do_not_depend_on_batching(settings):
 @pytest.mark.parametrize("slots", [2, 128])
 def test_rollouts_do_not_depend_on_the_other_prompts(order, slots):
     """Any share of the prompts in any order, named by `problems`, draws what the whole draws."""
-    for rollout in run(asked=[PROMPTS[i] for i in order], problems=order, slots=slots):
+    for rollout in run(asked=[PROMPTS[i] for i in order], streams=order, slots=slots):
         same(rollout, base()[order[rollout.prompt], rollout.sample])
 
 
@@ -188,7 +188,7 @@ def test_rollouts_from_cuda_graphs_are_those_of_the_cpu():
 
 def test_problems_name_the_stream_and_not_the_index():
     """The same prompt under two names gives two rollouts, and under one name the same."""
-    first, other, again = run(asked=[PROMPTS[2]] * 3, problems=[2, 77, 2], n=1, stop_ids=())
+    first, other, again = run(asked=[PROMPTS[2]] * 3, streams=[2, 77, 2], n=1, stop_ids=())
     assert first.ids == again.ids != other.ids
 
 

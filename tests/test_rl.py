@@ -12,6 +12,7 @@ from s2r import rl, runtime
 from s2r.data import Problem
 from s2r.model import Transformer
 from s2r.packing import policy_logp
+from s2r.parallel import Ranks
 from s2r.rollouts import Trajectory
 from s2r.tokenizer import Tokenizer
 from s2r.trajectory import RETRY_OPENING, VERDICT_SENTENCE, VERIFY_OPENING, judge, parse, prompt
@@ -259,7 +260,7 @@ def test_policy_loss_ratio_is_length_normalised():
 def scored(model, trajectories, credits, **settings) -> list[train_rl.Scored]:
     """`train_rl.score` of one update, with the model as its own reference."""
     cfg = train_rl.Config(**settings)
-    return train_rl.score(list(zip(trajectories, credits)), model, model, cfg, model.embed.device)
+    return train_rl.score(list(zip(trajectories, credits)), Ranks(model.embed.device), model, model, cfg)
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])

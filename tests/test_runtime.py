@@ -20,9 +20,11 @@ import train_rl
 import train_sft
 from s2r import runtime
 from s2r.model import Transformer
+from s2r.parallel import Ranks
 from tiny_model import digest, tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
+ALONE = Ranks(torch.device("cpu"))
 SCRIPTS = (sample, train_sft, train_rl)
 
 
@@ -118,13 +120,10 @@ def test_start_leaves_a_bug_its_traceback(monkeypatch, tmp_path):
         start(module.work, monkeypatch)
 
 
-def test_start_refuses_more_than_one_process(monkeypatch, capsys):
+def test_sample_refuses_more_than_one_process(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit) as exit:
-        start(lambda cfg: pytest.fail("ran"), monkeypatch)
-    assert exit.value.code == 2 and "more than one process" in capsys.readouterr().err
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    start(lambda cfg: None, monkeypatch)
+    with pytest.raises(ValueError, match="sample.py runs as one process"):
+        sample.main(sample.Config(model="nowhere"))
 
 
 # --- device, order, load ---
@@ -225,7 +224,7 @@ def cfg(base, tmp_path) -> Config:
 @pytest.fixture
 def saved(cfg, model):
     """A run with a checkpoint at step 1, its model and optimizer one step further on."""
-    run, optimizer = runtime.Run(cfg), adam(model)
+    run, optimizer = runtime.Run(cfg, ALONE), adam(model)
     step(model, optimizer)
     run.log({"step": 1})
     run.save(model, optimizer, 1)
@@ -234,7 +233,7 @@ def saved(cfg, model):
 
 
 def test_run_writes_its_settings(cfg, tmp_path):
-    runtime.Run(cfg)
+    runtime.Run(cfg, ALONE)
     assert json.loads((tmp_path / "run" / "run.json").read_text()) == {
         "model": cfg.model, "out": cfg.out, "level": "outcome", "max_new_tokens": 8, "lr": 0.5, "steps": 4}
 
@@ -242,7 +241,7 @@ def test_run_writes_its_settings(cfg, tmp_path):
 def test_run_refuses_a_folder_that_holds_a_run(cfg, saved, tmp_path):
     before = digest(tmp_path)
     with pytest.raises(FileExistsError, match="run holds a run already"):
-        runtime.Run(replace(cfg, lr=0.1))
+        runtime.Run(replace(cfg, lr=0.1), ALONE)
     assert digest(tmp_path) == before
 
 
@@ -254,23 +253,23 @@ def test_run_resumes_with_the_same_settings_only(cfg, saved, tmp_path):
         ({"level": "process"}, "--level was 'outcome', now 'process'"),
     ):
         with pytest.raises(ValueError, match=re.escape(said)):
-            runtime.Run(replace(cfg, resume=True, **change))
+            runtime.Run(replace(cfg, resume=True, **change), ALONE)
     assert digest(tmp_path) == before
-    runtime.Run(replace(cfg, resume=True, steps=9))  # a run may be made longer
+    runtime.Run(replace(cfg, resume=True, steps=9), ALONE)  # a run may be made longer
     assert json.loads((tmp_path / "run" / "run.json").read_text())["steps"] == 9
 
 
 def test_run_has_nothing_to_resume(cfg, tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing to resume"):
-        runtime.Run(replace(cfg, resume=True))
+        runtime.Run(replace(cfg, resume=True), ALONE)
     assert not (tmp_path / "run").exists()
 
 
 def test_run_that_stopped_before_its_first_checkpoint_does_not_ask_for_resume(cfg):
     """There is nothing to resume, so "--resume this one" would send the user in a circle."""
-    runtime.Run(cfg).log({"step": 1})
+    runtime.Run(cfg, ALONE).log({"step": 1})
     with pytest.raises(FileExistsError) as error:
-        runtime.Run(cfg)
+        runtime.Run(cfg, ALONE)
     assert "--resume" not in str(error.value) and "delete" in str(error.value)
 
 
@@ -278,7 +277,7 @@ def test_run_does_not_write_over_a_model(cfg, base):
     """--out that is --model, or any other model folder: its weights would be lost at the first checkpoint."""
     before = digest(base)
     with pytest.raises(FileExistsError, match="holds a model"):
-        runtime.Run(replace(cfg, out=cfg.model))
+        runtime.Run(replace(cfg, out=cfg.model), ALONE)
     assert digest(base) == before
 
 
@@ -294,7 +293,7 @@ def test_save_and_restore_give_back_weights_optimizer_and_step(cfg, saved, base,
 
     other = Transformer.from_pretrained(base)
     fresh = adam(other)
-    assert runtime.Run(replace(cfg, resume=True)).restore(other, fresh) == 2
+    assert runtime.Run(replace(cfg, resume=True), ALONE).restore(other, fresh) == 2
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters()))
     step(model, optimizer)
     step(other, fresh)
@@ -303,13 +302,13 @@ def test_save_and_restore_give_back_weights_optimizer_and_step(cfg, saved, base,
 
 def test_save_keeps_fp32_weights_beside_a_bf16_model(cfg, base, tmp_path):
     model = Transformer.from_pretrained(base, torch.bfloat16, param_dtype=torch.float32)
-    run, optimizer = runtime.Run(cfg), adam(model)
+    run, optimizer = runtime.Run(cfg, ALONE), adam(model)
     step(model, optimizer)
     run.save(model, optimizer, 1)
     assert Transformer.from_pretrained(cfg.out, torch.bfloat16).embed.equal(model.embed.bfloat16())
     assert json.loads((tmp_path / "run" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     other = Transformer.from_pretrained(base, torch.bfloat16, param_dtype=torch.float32)
-    runtime.Run(replace(cfg, resume=True)).restore(other, adam(other))
+    runtime.Run(replace(cfg, resume=True), ALONE).restore(other, adam(other))
     assert other.embed.dtype == torch.float32 and other.embed.equal(model.embed)
 
 
@@ -381,7 +380,7 @@ def test_save_that_stops_between_renames_can_be_resumed(count, cfg, saved, base,
     assert not (tmp_path / "run" / "saving.tmp").exists()
     assert any(Transformer.from_pretrained(cfg.out).embed.equal(x) for x in (old, model.embed))
     other = Transformer.from_pretrained(base)
-    assert runtime.Run(replace(cfg, resume=True)).restore(other, adam(other)) == 1 and other.embed.equal(old)
+    assert runtime.Run(replace(cfg, resume=True), ALONE).restore(other, adam(other)) == 1 and other.embed.equal(old)
 
 
 def test_save_clears_what_a_killed_one_left(saved, tmp_path):
@@ -400,7 +399,7 @@ def test_restore_cuts_the_log_to_the_checkpoint(tail, cfg, saved, base, tmp_path
     with (tmp_path / "run" / "log.jsonl").open("a") as file:
         file.write(tail)
     other = Transformer.from_pretrained(base)
-    again = runtime.Run(replace(cfg, resume=True))
+    again = runtime.Run(replace(cfg, resume=True), ALONE)
     assert again.restore(other, adam(other)) == 1
     again.log({"step": 2, "nll": None})
     assert (tmp_path / "run" / "log.jsonl").read_text() == '{"step": 1}\n{"step": 2, "nll": null}\n'
@@ -417,7 +416,7 @@ def test_resume_on_a_full_disk_loses_neither_settings_nor_log(cfg, saved, base, 
 
     monkeypatch.setattr(Path, "write_text", torn)
     with pytest.raises(OSError, match="No space"):
-        runtime.Run(replace(cfg, resume=True))
+        runtime.Run(replace(cfg, resume=True), ALONE)
     other = Transformer.from_pretrained(base)
     with pytest.raises(OSError, match="No space"):
         run.restore(other, adam(other))
@@ -425,7 +424,7 @@ def test_resume_on_a_full_disk_loses_neither_settings_nor_log(cfg, saved, base, 
 
 
 def test_log_prints_a_line_and_writes_a_row(cfg, capsys, tmp_path):
-    runtime.Run(cfg).log({"step": 3, "nll": 0.123456789, "icr": None})
+    runtime.Run(cfg, ALONE).log({"step": 3, "nll": 0.123456789, "icr": None})
     assert capsys.readouterr().out == "step 3  nll 0.1235  icr None\n"
     assert (tmp_path / "run" / "log.jsonl").read_text() == '{"step": 3, "nll": 0.123456789, "icr": null}\n'
 

@@ -1,0 +1,87 @@
+"""Several processes, one per GPU: who does what, and how parameters are spread (torchrun, FSDP2).
+
+    torchrun --nproc-per-node 8 train_rl.py …             the same flags as without; `--nnodes` for more machines
+
+Every rank knows the whole step: the batch, and once sampled all its rollouts. It samples its share of the problems and
+scores and learns from its share of the tokens; denominators are those of the whole step, so that the number of ranks
+changes the step no more than the size of a micro-batch does. Parameters, gradients and optimizer state are spread over
+the ranks by `fully_shard` (FSDP2): fp32 master weights, compute in the model's dtype, gradients added up in fp32. A rank
+samples from a whole copy of its own, so nothing has to be exchanged inside decoding. Called by the training scripts.
+"""
+
+import os
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from s2r.model import Transformer
+from s2r.packing import Pack, pack
+
+
+class Ranks:
+    """The processes that torchrun started, or this one alone. With one process every method is trivial."""
+
+    def __init__(self, device: torch.device):
+        self.rank, self.size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.device = device
+        if self.size > 1 and not dist.is_initialized():
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    def shard(self, model: Transformer) -> Transformer:
+        """The same model, its parameters spread over the ranks: gathered block by block when it runs forward."""
+        if self.size > 1:
+            compute = None if model.embed.dtype == model.dtype else model.dtype
+            policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+            for block in model.blocks:
+                fully_shard(block, mp_policy=policy)
+            # The root keeps its parameters together after a forward: head and embedding are read outside of it.
+            fully_shard(model, mp_policy=policy)
+        return model
+
+    def share(self, costs: Sequence[int]) -> list[int]:
+        """This rank's part of items with these costs, in rising order: the dearest first, each to the least busy rank."""
+        busy, mine = [0] * self.size, []
+        for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+            rank = busy.index(min(busy))
+            busy[rank] += costs[i]
+            if rank == self.rank:
+                mine.append(i)
+        return sorted(mine)
+
+    def even(self, packs: list[Pack]) -> list[Pack]:
+        """The micro-batches, and as many without any scored token as make every rank run the model equally often.
+
+        FSDP gathers parameters in every forward and backward pass, and all ranks have to take part in it.
+        """
+        if self.size == 1:
+            return packs
+        most = torch.tensor(len(packs), device=self.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return packs + [_nothing(self.device)] * (int(most) - len(packs))
+
+    def gather(self, items: list) -> list:
+        """The items of all ranks in the order of the ranks, on every rank. They are pickled: no large tensors."""
+        if self.size == 1:
+            return items
+        parts: list[list] = [[]] * self.size
+        dist.all_gather_object(parts, items)
+        return [item for part in parts for item in part]
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """The sums over all ranks."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64 if self.device.type == "cpu" else torch.float32)
+        total = total.to(self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+
+def _nothing(device: torch.device) -> Pack:
+    """A micro-batch of one token and no target: its loss is zero, and so are its gradients."""
+    (empty,) = pack([[0]], [[]], 1, device)
+    return Pack([], empty.ids, empty.cu_seqlens, empty.scored)

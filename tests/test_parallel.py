@@ -1,0 +1,109 @@
+"""Several processes: the same rollouts, the same steps and the same weights as one, whatever their number."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+from test_scripts import RL, SFT, log
+
+import train_rl
+import train_sft
+from s2r.packing import pack
+from s2r.parallel import Ranks
+from tiny_model import problem_file, tiny_model, trajectory_file
+
+# Three steps; two problems a step, so that of three ranks one has nothing to sample.
+JOBS = {
+    "sft": (train_sft, SFT | {"epochs": 1, "batch_size": 6, "tokens_per_microbatch": 200}),
+    "outcome": (train_rl, RL | {"level": "outcome", "problems": 2, "steps": 3, "tokens_per_microbatch": 200}),
+    "process": (train_rl, RL | {"level": "process", "problems": 2, "steps": 3, "tokens_per_microbatch": 200}),
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A model, its data, and what one process makes of each job: name -> run folder."""
+    folder = tmp_path_factory.mktemp("world")
+    base, taught = tiny_model(folder / "model"), folder / "taught"
+    trajectories, problems = trajectory_file(folder / "t.jsonl"), problem_file(folder / "p.jsonl")
+    train_sft.main(train_sft.Config(model=str(base), data=str(trajectories), out=str(taught), **SFT | {"epochs": 12}))
+
+    def settings(name: str, out: Path) -> dict:
+        model, data = (base, trajectories) if name == "sft" else (taught, problems)
+        return JOBS[name][1] | {"model": str(model), "data": str(data), "out": str(out)}
+
+    for name, (script, _) in JOBS.items():
+        script.main(script.Config(**settings(name, folder / name)))
+    return folder, settings
+
+
+def torchrun(ranks: int, script: str, settings: dict, *more: str) -> subprocess.CompletedProcess:
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return subprocess.run([*launch, str(ROOT / script), *flags, *more], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("name", JOBS)
+def test_ranks_take_the_steps_of_one_process(name, ranks, world, tmp_path):
+    folder, settings = world
+    done = torchrun(ranks, f"{JOBS[name][0].__name__}.py", settings(name, tmp_path / "out"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows, wanted = log(tmp_path / "out"), log(folder / name)
+    assert len(rows) == len(wanted) == 3
+    for row, one in zip(rows, wanted):
+        for key in one:
+            if "seconds" in key or "per_second" in key:
+                continue
+            assert row[key] == one[key] or row[key] == pytest.approx(one[key], rel=1e-4, abs=2e-5), key
+        assert row["tokens"] == one["tokens"]  # of the very same rollouts
+        assert one["grad_norm"] > 0
+    found, exact = (load_file(path / "model.safetensors") for path in (tmp_path / "out", folder / name))
+    assert found.keys() == exact.keys()
+    for key in exact:
+        torch.testing.assert_close(found[key], exact[key], rtol=1e-5, atol=1e-5)
+
+
+def test_resume_with_another_number_of_ranks_goes_on_where_it_was(world, tmp_path):
+    folder, settings = world
+    out = tmp_path / "out"
+    whole = settings("process", out)
+    for ranks, steps, more in ((2, 2, ()), (3, 3, ("--resume",))):
+        done = torchrun(ranks, "train_rl.py", whole | {"steps": steps}, *more)
+        assert done.returncode == 0, done.stderr[-3000:]
+    rows, wanted = log(out), log(folder / "process")
+    assert [row["tokens"] for row in rows] == [row["tokens"] for row in wanted]
+    assert rows[-1]["reward"] == pytest.approx(wanted[-1]["reward"])
+
+
+def test_an_error_ends_all_ranks_with_one_line_each(world, tmp_path):
+    _, settings = world
+    done = torchrun(2, "train_rl.py", settings("process", tmp_path / "out") | {"problems": 99})
+    assert done.returncode != 0 and "error: " in done.stderr and "--problems asks for 99" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+# --- who does what ---
+
+
+def test_share_covers_every_item_once_and_evens_out_the_costs(monkeypatch):
+    costs = [900, 20, 300, 310, 5, 290, 0, 40]
+    shares = []
+    for rank in range(3):
+        ranks = Ranks(torch.device("cpu"))
+        ranks.rank, ranks.size = rank, 3
+        shares.append(ranks.share(costs))
+    assert sorted(i for share in shares for i in share) == list(range(8))
+    assert max(sum(costs[i] for i in share) for share in shares) == 900
+    assert all(share == sorted(share) for share in shares)
+
+
+def test_one_process_does_everything_by_itself():
+    ranks = Ranks(torch.device("cpu"))
+    packs = pack([[1, 2]], [[1]], 9, "cpu")
+    assert (ranks.rank, ranks.size) == (0, 1) and ranks.share([3, 1, 2]) == [0, 1, 2]
+    assert ranks.even(packs) is packs and ranks.gather([1]) == [1] and ranks.sum([2.0]) == [2.0]
