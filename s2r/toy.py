@@ -21,6 +21,7 @@ leaves out the system prompt, to keep sequences short.
 
 import argparse
 import json
+import os
 import random
 import re
 import subprocess
@@ -306,12 +307,14 @@ def stages(folder: str = RUNS, seed: int = 0) -> dict[str, tuple[list[str], list
 def ensure(path: str, folder: str = RUNS, seed: int = 0) -> None:
     """Make `path` if it is an output of a stage that has not run, and before it whatever it needs. Else do nothing.
 
-    Raises ValueError when a stage fails.
+    Raises ValueError when a stage fails, and under torchrun, where nothing is made.
     """
     made = {Path(output): stage for output, stage in stages(folder, seed).items()}
     path = Path(path)
     if path not in made or path.is_file() or (path / "model.safetensors").is_file():
         return
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"{path} does not exist yet; make it in one process, with python -m s2r.toy, then use torchrun")
     needs, command = made[path]
     for output in needs:
         ensure(output, folder, seed)

@@ -172,3 +172,10 @@ def test_ensure_reports_a_stage_that_fails(tmp_path):
     (tmp_path / "train.jsonl").write_text("not a problem file\n")
     with pytest.raises(ValueError, match="base.rollouts.jsonl failed"):
         toy.ensure(f"{tmp_path}/base.rollouts.jsonl", str(tmp_path))
+
+
+def test_ensure_makes_nothing_under_torchrun(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="make it in one process"):
+        toy.ensure(str(tmp_path / "train.jsonl"), str(tmp_path))
+    assert not (tmp_path / "train.jsonl").exists()
