@@ -13,12 +13,11 @@ writes, writes what `train_sft.py` reads, and prints what became of every sample
 
 import argparse
 import random
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from s2r import toy
+from s2r import runtime, toy
 from s2r.data import read_jsonl, write_jsonl
 from s2r.grade import equivalent, extract_answer
 from s2r.trajectory import cut, parse_verdict
@@ -200,8 +199,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    runtime.command(main)

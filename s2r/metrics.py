@@ -179,8 +179,6 @@ def main(paths: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    from s2r import runtime  # which imports this module
+
+    runtime.command(lambda: main(sys.argv[1:]))

@@ -68,15 +68,24 @@ def parse(config: type, argv: list[str] | None = None):
 
 
 def start(main: Callable, config: type) -> None:
-    """Run a script's `main` on its flags. What we raise about a user's input ends in one line and exit status 2.
+    """Run a script's `main` on its flags, as `command` does."""
 
-    So does what the operating system refuses, which names the file; a ValueError out of a library keeps its traceback.
-    """
-    try:
+    def run() -> None:
         main(parse(config))
         if dist.is_initialized():
             dist.barrier()  # the first rank may still be writing
             dist.destroy_process_group()
+
+    command(run)
+
+
+def command(main: Callable[[], None]) -> None:
+    """Run `main`. What we raise about a user's input ends in one line and exit status 2.
+
+    So does what the operating system refuses, which names the file; a ValueError out of a library keeps its traceback.
+    """
+    try:
+        main()
     except (ValueError, OSError) as error:
         folder = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent  # exact: .venv may lie in ROOT
         if isinstance(error, ValueError) and folder not in (ROOT, ROOT / "s2r", ROOT / "kernels"):

@@ -8,11 +8,11 @@ trains on the recorded rollouts themselves and is choosier (`fault`).
 """
 
 import argparse
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from s2r import runtime
 from s2r.data import read_jsonl, write_jsonl
 from s2r.rl import outcome_reward
 from s2r.rollouts import Trajectory
@@ -99,8 +99,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    runtime.command(main)

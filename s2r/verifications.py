@@ -19,7 +19,6 @@ import argparse
 import json
 import os
 import random
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -281,8 +280,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    runtime.command(main)

@@ -64,8 +64,8 @@ def test_ranks_take_the_steps_of_one_process(name, ranks, world, tmp_path):
         assert one["grad_norm"] > 0
     found, exact = (load_file(path / "model.safetensors") for path in (tmp_path / "out", folder / name))
     assert found.keys() == exact.keys()
-    for key in exact:
-        torch.testing.assert_close(found[key], exact[key], rtol=1e-5, atol=1e-5)
+    for key in exact:  # by norm: where a gradient is nearly zero, Adam makes a visible step of its rounding error
+        assert (found[key] - exact[key]).norm() <= 1e-5 * exact[key].norm(), key
 
 
 def test_resume_with_another_number_of_ranks_goes_on_where_it_was(world, tmp_path):
