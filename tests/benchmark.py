@@ -6,7 +6,11 @@ Each row gives the median over rounds in which the two take turns, and the media
 in our favour. The machine should be idle otherwise. Sampling is at temperature 0.7 from the whole distribution.
 """
 
-import s2r  # isort: skip  # noqa: F401  before torch: settles how its threads wait
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import s2r  # isort: skip  # noqa: E402, F401  before torch: settles how its threads wait
 
 import argparse
 import multiprocessing
@@ -14,7 +18,6 @@ import os
 import resource
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 
