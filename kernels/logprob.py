@@ -67,7 +67,7 @@ class _TorchHead(torch.autograd.Function):
         T, V = hidden.shape[0], weight.shape[0]
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
         grad_weight = torch.empty_like(weight)
-        rows = torch.arange(T)
+        rows = torch.arange(T, device=hidden.device)
         for slab in _slices(V, max(CHUNK_ELEMENTS // max(T, 1), 128)):
             z = _z(hidden, weight[slab], ctx.temperature)  # (T, entries of this slab)
             log_p = z.sub_(m[:, None]).sub_(log_s[:, None])
