@@ -48,7 +48,7 @@ class Config:
     lr: float = 1e-4  # learning rate after warm-up (paper: 5e-7)
     warmup: int = 5  # steps of linear warm-up (paper: 5)
     steps: int = 20  # (paper: 500)
-    max_new_tokens: int = 640  # length limit of a rollout (paper: 8000)
+    max_new_tokens: int = 320  # length limit of a rollout (paper: 8000)
     max_grad_norm: float = 1.0  # gradient norm is clipped to this (paper: 1)
     seed: int = 0  # of the order of the data and of the random stream
     eval_data: str = ""  # problem file to evaluate on, greedily

@@ -37,6 +37,7 @@ class Config:
     batch_size: int = 32  # trajectories per step (paper: 32)
     kl: float = 0.01  # weight of the KL to the base model (paper: 0.1; 0.01 for Qwen2.5-Math-7B)
     max_length: int = 1024  # tokens; longer examples are left out (paper: 8000, 6000 for Qwen2)
+    unmasked: bool = False  # learn the wrong solves too (paper: an ablation, which does worse)
     max_grad_norm: float = 1.0  # gradient norm is clipped to this (paper: 1)
     seed: int = 0  # of the order of the data
     save_every: int = 200  # steps between checkpoints; there is always one at the end
@@ -65,7 +66,8 @@ def main(cfg: Config) -> None:
         ids, actions = encode(example.trajectory, tokenizer)
         if len(prefix) + len(ids) <= min(cfg.max_length, model.config.max_positions):
             sequences.append(prefix + ids)
-            scored.append([len(prefix) + t for t in sft_targets(actions)])
+            targets = range(len(ids)) if cfg.unmasked else sft_targets(actions)
+            scored.append([len(prefix) + t for t in targets])
     if not sequences:
         raise ValueError(f"{cfg.data}: no example is within --max-length {cfg.max_length}; raise it")
     per_epoch = math.ceil(len(sequences) / cfg.batch_size)

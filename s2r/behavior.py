@@ -15,13 +15,14 @@ import argparse
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from s2r import runtime, toy
 from s2r.data import read_jsonl, write_jsonl
 from s2r.grade import equivalent, extract_answer
 from s2r.trajectory import cut, parse_verdict
-from s2r.verifications import load_verifications
+from s2r.verifications import STYLES, load_verifications
 
 Verify = Callable[[str, str], Sequence[str]]
 """(problem, answer) -> the checks there are of it, each a text that should end in a verdict sentence."""
@@ -33,9 +34,9 @@ The release keeps about 0.24 of those with one and 0.5 to 1 of the others.
 """
 
 
-def by_rule(problem: str, answer: str) -> list[str]:
-    """The toy world's one check."""
-    return [toy.verify(problem, answer)[0]]
+def by_rule(problem: str, answer: str, style: str = "confirmative") -> list[str]:
+    """The toy world's one check in this style."""
+    return [toy.verify(problem, answer, style)[0]]
 
 
 def from_file(path: str | Path) -> Verify:
@@ -176,6 +177,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rollouts", default=toy.ROLLOUTS, help="rollout file of the base model [%(default)s]")
     parser.add_argument("--out", default=toy.TRAJECTORIES, help="trajectory file to write [%(default)s]")
     parser.add_argument("--verifications", help="verification file [the toy world's rule]")
+    parser.add_argument("--style", default="confirmative", choices=STYLES, help="of the rule's checks [%(default)s]")
     parser.add_argument(
         "--keep",
         default=KEEP,
@@ -186,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--seed", default=0, type=int, help="of the choice among samples [%(default)s]")
     flags = parser.parse_args(argv)
-    verify = from_file(flags.verifications) if flags.verifications else by_rule
+    verify = from_file(flags.verifications) if flags.verifications else partial(by_rule, style=flags.style)
     rows = read_jsonl(flags.rollouts)
     examples, counts = trajectories(rows, verify, flags.seed, flags.keep, short=bool(flags.verifications))
     print(table(counts))

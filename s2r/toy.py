@@ -3,20 +3,19 @@ r"""The embedded default: a tiny world in which all of S²R runs on a laptop's C
     python -m s2r.toy                        everything below, stage by stage, and a table of what each stage reached
     python -m s2r.toy pretrain --out DIR     how the base model in s2r/toy_base was made (10 minutes on one core)
 
-A problem hides a number x of three digits in a·x = c:
+A problem names a few numbers, one of which is a multiple of a:
 
-    A taxi costs 7 per mile, 3024 in all. How many miles was the ride?        a = 7, c = 3024, x = 432
+    Eggs go in boxes of 7. Which number of eggs fills its boxes: 4315, 2886 or 3024?          a = 7, x = 3024
 
-*Finding* x is hard for this model: it writes the equation down and answers at once, without scratch work. *Checking*
-x is easy, because it goes in small steps: put x back in, multiply by place values, compare with c digit by digit. A
-failed check even tells in which direction to look. That gap is what S²R lives on.
+*Finding* x is hard for this model: it answers at once, without scratch work, and a remainder cannot be seen at a
+glance. *Checking* x is easy, because it goes digit by digit: long division, "3 leaves 3, 30 leaves 2, 22 leaves 1, 14
+leaves 0". That gap is what S²R lives on: check the answer, and if it is wrong, try another.
 
-The base model is a 0.9 M parameter Llama that has learnt the parts and not the whole: answering, multiplying,
-comparing, and trying again when somebody else said "Too big." It has never seen a text check itself. Its pretraining
-ends when it answers about six in ten of the test problems; half as many steps again and it would answer nearly all.
-Stages 0 to 2 teach it to check and to correct, with the same three scripts that train a large model: `stages` lists the
-commands. Departs from the paper: verifications come from a rule (`verify`), not from GPT-4, and the chat template
-leaves out the system prompt, to keep sequences short.
+The base model is a 0.9 M parameter Llama that has learnt the parts and not the whole: answering, dividing, and naming
+another number than those that were named before. It has never seen a text check itself. Stages 0 to 2 teach it to
+check and to correct, with the same three scripts that train a large model: `stages` lists the commands. Departs from
+the paper: verifications come from a rule (`verify`), not from GPT-4, and the chat template leaves out the system
+prompt, to keep sequences short.
 """
 
 import argparse
@@ -45,153 +44,139 @@ from s2r.trajectory import RETRY_OPENING, VERDICT_SENTENCE, VERIFY_OPENING
 
 BASE = "s2r/toy_base"  # ships with the repository; the paths are relative to its root, where every command runs
 RUNS = "runs/toy"
-TRAIN, TEST = f"{RUNS}/train.jsonl", f"{RUNS}/test.jsonl"
+TRAIN, TEST, LONGER = f"{RUNS}/train.jsonl", f"{RUNS}/test.jsonl", f"{RUNS}/longer.jsonl"
 ROLLOUTS, TRAJECTORIES = f"{RUNS}/base.rollouts.jsonl", f"{RUNS}/trajectories.jsonl"
 SFT, RL, RL_PROCESS = f"{RUNS}/sft", f"{RUNS}/rl-outcome", f"{RUNS}/rl-process"
 
 TEMPLATES = (
-    "{a} times a number is {c}. What is the number?",
-    "{a} equal bags hold {c} nuts in all. How many nuts are in a bag?",
-    "Ann walks {a} equal laps, {c} steps in all. How many steps is a lap?",
-    "A taxi costs {a} per mile, {c} in all. How many miles was the ride?",
+    "Which number is a multiple of {a}: {xs}?",
+    "Eggs go in boxes of {a}. Which number of eggs fills its boxes: {xs}?",
+    "Chairs stand in rows of {a}. Which number of chairs leaves none over: {xs}?",
+    "{a} children share sweets. Which number of sweets can they share evenly: {xs}?",
 )
-PATTERNS = [re.compile(re.sub(r"\\{(\w)\\}", r"(?P<\1>\\d+)", re.escape(template))) for template in TEMPLATES]
-HORIZON = 3000  # steps at which the learning rate is zero; pretraining stops before, or finding x would be easy too
-FACTORS = ((2, 3), (4, 5), (6, 7), (8, 9))  # the values of a in pretraining, all as often
-LEVELS = {1: (6,), 2: (7, 9), 3: (4,), 4: (8,)}  # difficulty of a problem -> a, by how often the base model is right
+PATTERNS = [re.compile(re.escape(template).replace(r"\{a\}", r"(?P<a>\d+)").replace(r"\{xs\}", r"(?P<xs>\d[\d, or]*)"))
+            for template in TEMPLATES]
+DIVISORS = range(2, 10)
+LEVELS = {1: 2, 2: 3, 3: 4}  # difficulty of a problem -> how many numbers it names
+NUMBERS = (2, 3, 4, 5)  # how many numbers a question of the pretraining names, all as often
+DIGITS = 4  # of each number
 
 
 # ---- the world: questions and checks ----
 
 @dataclass(frozen=True)
 class Question:
-    """a·x = c with x unknown, told in the words of one template."""
+    """Which of xs is a multiple of a? Told in the words of one template; exactly one of them is."""
 
     a: int
-    x: int
+    xs: tuple[int, ...]
     template: int
 
     @property
-    def c(self) -> int:
-        return self.a * self.x
+    def x(self) -> int:
+        return next(x for x in self.xs if x % self.a == 0)
 
     @property
     def text(self) -> str:
-        return TEMPLATES[self.template].format(a=self.a, c=self.c)
+        *first, last = map(str, self.xs)
+        return TEMPLATES[self.template].format(a=self.a, xs=f"{', '.join(first)} or {last}")
 
 
 def held_out(a: int, x: int) -> bool:
-    """One (a, x) in ten belongs to the test set: no training or pretraining question uses it, in any wording."""
+    """One (a, x) in ten belongs to the test set: no training or pretraining question has this answer, in any wording."""
     return zlib.crc32(f"{a} {x}".encode()) % 10 == 0
 
 
-def question(rng: random.Random, test: bool = False, level: int | None = None) -> Question:
-    """A random question of the training or the test world: of one level, or with any factor that there is."""
-    factors = LEVELS[level] if level else rng.choice(FACTORS)
-    while True:
-        a, x = rng.choice(factors), rng.randrange(100, 1000)
-        if held_out(a, x) == test:
-            return Question(a, x, rng.randrange(len(TEMPLATES)))
+def question(rng: random.Random, test: bool = False, level: int | None = None, digits: int = DIGITS) -> Question:
+    """A random question of the training or the test world: of one level, or as the pretraining has it."""
+    a, low = rng.choice(DIVISORS), 10 ** (digits - 1)
+    count = LEVELS[level] if level else rng.choice(NUMBERS)
+    xs = []
+    while len(xs) < count:
+        x = rng.randrange(low, 10 * low)
+        new = x // low not in [y // low for y in xs]  # no two begin with the same digit, so that one digit tells which
+        if new and (x % a if xs else x % a == 0 and held_out(a, x) == test):
+            xs.append(x)
+    rng.shuffle(xs)
+    return Question(a, tuple(xs), rng.randrange(len(TEMPLATES)))
 
 
-def write_problems(folder: str, train: int = 2000, test: int = 1000, seed: int = 0) -> None:
-    """`train.jsonl` and `test.jsonl` in the problem-file format, all levels alike, no question twice."""
+def write_problems(folder: str, train: int = 2000, test: int = 1000, longer: int = 400, seed: int = 0) -> None:
+    """Problem files, all levels alike, no question twice: `train.jsonl`, `test.jsonl`, and `longer.jsonl`, a digit longer.
+
+    Numbers of the last are longer than any that a model was trained on, by pretraining or later.
+    """
     Path(folder).mkdir(parents=True, exist_ok=True)
-    for name, size in (("train", train), ("test", test)):
+    for name, size in (("train", train), ("test", test), ("longer", longer)):
         rng, questions = random.Random(f"{seed} {name}"), {}
         while len(questions) < size:
             level = 1 + len(questions) % len(LEVELS)
-            q = question(rng, name == "test", level)
+            q = question(rng, name != "train", level, DIGITS + (name == "longer"))
             questions[q.text] = q, level
         write_jsonl(Path(folder) / f"{name}.jsonl", (
             {"problem": q.text, "answer": str(q.x), "level": level, "unique_id": f"toy/{name}/{i}"}
             for i, (q, level) in enumerate(questions.values())))
 
 
-def solve(q: Question, x: int) -> str:
-    """An attempt with answer x: the equation, and straight away the answer."""
-    return rf"{q.a}*?={q.c}, so \boxed{{{x}}}."
+def solve(x: int) -> str:
+    """An attempt with answer x: the answer, straight away."""
+    return rf"It is \boxed{{{x}}}."
 
 
-def times(a: int, x: int) -> str:
-    """a·x by place values, for 7 and 432: "7*400=2800, 7*30=210, 7*2=14, 2800+210=3010, 3010+14=3024"."""
-    digits = str(x)
-    parts = [int(d) * 10 ** (len(digits) - 1 - i) for i, d in enumerate(digits) if d != "0"] or [0]
-    steps, total = [f"{a}*{part}={a * part}" for part in parts], a * parts[0]
-    for part in parts[1:]:
-        steps.append(f"{total}+{a * part}={total + a * part}")
-        total += a * part
-    return ", ".join(steps)
+def divide(a: int, x: int) -> str:
+    """Long division of x by a: "Divide 483 by 7: 4 leaves 4, 48 leaves 6, 63 leaves 0. Nothing remains."."""
+    steps, rest = [], 0
+    for digit in str(x):
+        part = 10 * rest + int(digit)
+        rest = part % a
+        steps.append(f"{part} leaves {rest}")
+    return f"Divide {x} by {a}: {', '.join(steps)}. {'Something' if rest else 'Nothing'} remains."
 
 
-def compare(r: int, c: int) -> str:
-    """r against c, digit by digit down to the first that differs: "263 to 284: 2=2, 6<8, too small"."""
-    width = max(len(str(r)), len(str(c)))
-    r, c = str(r).zfill(width), str(c).zfill(width)
-    steps = []
-    for p, q in zip(r, c):
-        sign = "=" if p == q else "<" if p < q else ">"
-        steps.append(f"{p}{sign}{q}")
-        if sign != "=":
-            break
-    return f"{r} to {c}: {', '.join(steps)}, {dict(zip('=<>', ('equal', 'too small', 'too big')))[sign]}"
+def verify(problem: str, answer: str | None, style: str = "confirmative") -> tuple[str, str]:
+    """Verification by rule: its text, and the verdict it comes to.
 
-
-def verify(problem: str, answer: str | None) -> tuple[str, str]:
-    """Confirmative verification by rule: put the answer back into the problem. Its text, and the verdict it comes to.
-
-    Works for whatever a model may have boxed. Raises ValueError for a problem that is not of this world.
+    Confirmative, it puts the answer back into the problem. In the style "solving", which the paper tried and rejected, it
+    finds the number again and compares. Works for whatever a model may have boxed. Raises ValueError for a problem that
+    is not of this world.
     """
     found = next(filter(None, (pattern.fullmatch(problem) for pattern in PATTERNS)), None)
     if found is None:
         raise ValueError(f"not a problem of the toy world, so its rule cannot verify answers to it: {problem!r}")
-    a, c = int(found["a"]), int(found["c"])
-    if not re.fullmatch(r"[0-9]{1,5}", answer or ""):
-        return f"There is no number to check. {VERDICT_SENTENCE['incorrect']}", "incorrect"
-    x = int(answer)
-    verdict = "correct" if a * x == c else "incorrect"
-    return f"{times(a, x)}. {compare(a * x, c)}. {VERDICT_SENTENCE[verdict]}", verdict
+    a, xs = int(found["a"]), re.findall(r"\d+", found["xs"])
+    if answer not in xs:
+        return f"This is not one of the numbers. {VERDICT_SENTENCE['incorrect']}", "incorrect"
+    verdict = "incorrect" if int(answer) % a else "correct"
+    if style == "solving":
+        x = next(x for x in xs if int(x) % a == 0)
+        check = f"Solve it again: it is {x}, {'the same number' if x == answer else 'another number'}."
+    else:
+        check = divide(a, int(answer))
+    return f"{check} {VERDICT_SENTENCE[verdict]}", verdict
 
 
 # ---- the base model: tokenizer, pretraining text, pretraining ----
 
-def near(rng: random.Random, x: int) -> int:
-    """A wrong answer as a solver in a hurry gives it: not far from x."""
-    while True:
-        y = x + rng.choice((-1, 1)) * rng.choice((1, 1, 1, 2, 2, 3, 4, 5, 6, 8, 9, 10, 10, 11, 12, 20, 100))
-        if 1 <= y < 1000:
-            return y
-
-
-def exercise(rng: random.Random, q: Question) -> list[tuple[str, int]]:
-    """One part of a check by itself, about the question; its missing numbers have to be looked up there."""
-    y = rng.choice((q.x, near(rng, q.x), near(rng, q.x), rng.randrange(1, 1000)))
-    if rng.random() < 0.5:
-        return [(f"Times {y}: ", 0), (f"{times(q.a, y)}.\n", 1)]
-    miss = q.c + rng.choice((-1, 1)) * rng.choice((1, 1, 2, 3, 5, 10, 20, 100))
-    left, rest = compare(rng.choice((q.c, q.c, max(miss, 0), q.a * y)), q.c).split(" to ")
-    return [(f"Compare {left}", 0), (f" to {rest}.\n", 1)]
-
-
 def document(rng: random.Random) -> list[tuple[str, int]]:
     """One pretraining text in pieces (text, weight of its tokens in the loss).
 
-    Most are a chat, question and answer. The others are plain: attempts at a question, each followed by exercises in
-    the parts of a check and, when it was wrong, by somebody's hint. None of it looks like a verification. Questions,
-    wrong attempts and hints are context, weight 0; right answers weigh most, because they are the hardest to learn.
+    Some are a chat, question and right answer. The others are plain: people try the numbers named, some of them
+    twice, until one is right, and some divide. None of it looks like a verification. Questions are context, weight 0; right
+    answers weigh most, because they are the hardest to learn.
     """
     q = question(rng)
     if rng.random() < 0.6:
         asked = f"<|im_start|>user\n{q.text}<|im_end|>\n<|im_start|>assistant\n"
-        return [(asked, 0), (solve(q, q.x) + "<|im_end|>", 2)]
-    text, low, high = [(q.text + "\n", 0)], 0, 1000
-    for _ in range(rng.choice((0, 1, 1, 2, 3))):
-        y = near(rng, q.x)
-        if low < y < high:  # nobody guesses against a hint
-            text += [(solve(q, y) + "\n", 0)] + [p for _ in range(rng.randrange(1, 4)) for p in exercise(rng, q)]
-            text.append(("Too small.\n" if y < q.x else "Too big.\n", 0))
-            low, high = (y, high) if y < q.x else (low, y)
-    text += [(solve(q, q.x) + "\n", 2)] + [p for _ in range(rng.randrange(1, 4)) for p in exercise(rng, q)]
+        return [(asked, 0), (solve(q.x) + "<|im_end|>", 3)]
+    text, wrong = [(q.text + "\n", 0)], [x for x in q.xs if x != q.x]
+    if rng.random() < 0.5:
+        text.append((f"The numbers are {', '.join(map(str, q.xs))}.\n", 1))
+    for y in [*rng.choices(wrong, k=rng.randrange(len(q.xs))), q.x]:
+        text.append((solve(y) + "\n", 3 if y == q.x else 1))
+        if rng.random() < 0.3:
+            y = rng.choice((y, y, rng.randrange(10 ** (DIGITS - 1), 10**DIGITS)))
+            asked, steps = divide(q.a, y).split(": ")
+            text += [(asked, 0), (f": {steps}\n", 1)]
     return [*text, ("<|endoftext|>", 1)]
 
 
@@ -206,8 +191,10 @@ def train_tokenizer(folder: Path) -> None:
     for _ in range(4000):
         texts += [re.sub(r"<\|\w+\|>", "", piece) for piece, _ in document(rng)]
         q = question(rng)
-        for answer in (str(q.x), str(near(rng, q.x)), None):
-            texts.append(f"{VERIFY_OPENING} {verify(q.text, answer)[0]}\n\n{RETRY_OPENING} {solve(q, q.x)}\n\n")
+        for answer in (*map(str, q.xs), None):
+            for style in ("confirmative", "solving"):
+                check = verify(q.text, answer, style)[0]
+                texts.append(f"{VERIFY_OPENING} {check}\n\n{RETRY_OPENING} {solve(q.x)}\n\n")
     texts += list(VERDICT_SENTENCE.values()) * 9
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence([
@@ -229,9 +216,7 @@ def train_tokenizer(folder: Path) -> None:
 
 
 def pretrain(folder: Path, steps: int, seed: int) -> None:
-    """Make the base model: a Hugging Face folder with a Llama trained on `document`s for `steps` ≤ HORIZON steps."""
-    if steps > HORIZON:
-        raise ValueError(f"--steps {steps}: the learning rate is zero after {HORIZON}")
+    """Make the base model: a Hugging Face folder with a Llama trained on `document`s until the learning rate is zero."""
     train_tokenizer(folder)
     backend = Backend.from_file(str(folder / "tokenizer.json"))
     end = backend.token_to_id("<|im_end|>")
@@ -271,7 +256,7 @@ def pretrain(folder: Path, steps: int, seed: int) -> None:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, peak in zip(optimizers, peaks):  # warm-up, then linearly towards zero
-            optimizer.param_groups[0]["lr"] = peak * min((step + 1) / 50, 1 - step / HORIZON)
+            optimizer.param_groups[0]["lr"] = peak * min((step + 1) / 50, 1 - step / steps)
             optimizer.step()
             optimizer.zero_grad()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
@@ -282,13 +267,14 @@ def pretrain(folder: Path, steps: int, seed: int) -> None:
 
 def stages(folder: str = RUNS, seed: int = 0) -> dict[str, tuple[list[str], list[str]]]:
     """output -> (outputs it needs, command that makes it), in running order. Flags left out are the scripts' own."""
-    at = {name: f"{folder}/{Path(name).name}" for name in (TRAIN, TEST, ROLLOUTS, TRAJECTORIES, SFT, RL, RL_PROCESS)}
+    at = {name: f"{folder}/{Path(name).name}" for name in (TRAIN, TEST, LONGER, ROLLOUTS, TRAJECTORIES, SFT, RL, RL_PROCESS)}
     s = ["--seed", str(seed)]
     problems = ["-m", "s2r.toy", "problems", "--folder", folder, *s]
     rl = ["train_rl.py", "--model", at[SFT], "--data", at[TRAIN], *s]
     made = {
         at[TRAIN]: ([], problems),
         at[TEST]: ([], problems),
+        at[LONGER]: ([], problems),
         at[ROLLOUTS]: ([at[TRAIN]], ["sample.py", "--data", at[TRAIN], "--n", "5", "--temperature", "0.7",
                                      "--max-new-tokens", "32", "--show", "0", "--out", at[ROLLOUTS], *s]),
         at[TRAJECTORIES]: ([at[ROLLOUTS]], ["-m", "s2r.behavior", "--rollouts", at[ROLLOUTS],
@@ -304,20 +290,24 @@ def stages(folder: str = RUNS, seed: int = 0) -> dict[str, tuple[list[str], list
     return made
 
 
-def ensure(path: str, folder: str = RUNS, seed: int = 0) -> None:
-    """Make `path` if it is an output of a stage that has not run, and before it whatever it needs. Else do nothing.
+def ensure(path: str) -> None:
+    """Make `path` if it is an output of a default stage that has not run, and before it whatever it needs."""
+    make(path, stages())
+
+
+def make(path: str, made: dict[str, tuple[list[str], list[str]]]) -> None:
+    """Make `path` if it is an output of one of these stages and not there, and before it whatever it needs.
 
     Raises ValueError when a stage fails, and under torchrun, where nothing is made.
     """
-    made = {Path(output): stage for output, stage in stages(folder, seed).items()}
-    path = Path(path)
-    if path not in made or path.is_file() or (path / "model.safetensors").is_file():
+    stage = {Path(output): stage for output, stage in made.items()}.get(Path(path))
+    if stage is None or Path(path).is_file() or (Path(path) / "model.safetensors").is_file():
         return
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(f"{path} does not exist yet; make it in one process, with python -m s2r.toy, then use torchrun")
-    needs, command = made[path]
+    needs, command = stage
     for output in needs:
-        ensure(output, folder, seed)
+        make(output, made)
     print("\n$ python", *command, flush=True)
     start = time.perf_counter()
     if subprocess.run([sys.executable, *command]).returncode:
@@ -338,9 +328,10 @@ def main() -> None:
     elif flags.what == "pretrain":
         pretrain(Path(flags.out), flags.steps, flags.seed)
     else:
-        for output in stages(flags.folder, flags.seed):
-            ensure(output, flags.folder, flags.seed)
-        reports = [Path(output) for output in stages(flags.folder) if output.endswith(".json")]
+        made = stages(flags.folder, flags.seed)
+        for output in made:
+            make(output, made)
+        reports = [Path(output) for output in made if output.endswith(".json")]
         print(f"\n{TEST}, greedy; shares in per cent (meaning of the columns: s2r/metrics.py)\n")
         print(table({report.stem: json.loads(report.read_text()) for report in reports}))
         for run in (RL, RL_PROCESS):

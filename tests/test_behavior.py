@@ -10,7 +10,7 @@ from s2r import behavior
 from s2r.data import load_trajectories, read_jsonl, write_jsonl
 from s2r.trajectory import VERDICT_SENTENCE
 
-PROBLEM = "4 times a number is 136. What is the number?"  # 34
+PROBLEM = "Which number is a multiple of 17: 30, 31, 32, 33, 34, 35 or 36?"  # 34
 
 
 def rows(*answers: str | None, problem: str = PROBLEM, unique_id: str = "p", **other) -> list[dict]:

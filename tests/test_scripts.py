@@ -201,7 +201,7 @@ def weights(world, tmp_path_factory):
 
 def test_setting_of_the_method_changes_what_is_learnt(weights):
     default = weights("train_sft")
-    for change in ({"kl": 0.0}, {"kl": 1.0}, {"lr": 1e-3}, {"warmup": 0}, {"max_grad_norm": 0.01}, {"batch_size": 4},
+    for change in ({"kl": 0.0}, {"kl": 1.0}, {"lr": 1e-3}, {"warmup": 0}, {"max_grad_norm": 0.01}, {"batch_size": 4}, {"unmasked": True},
                    {"seed": 1}, {"dtype": "bfloat16"}):
         assert weights("train_sft", **change) != default, change
     default = weights("train_rl")

@@ -16,23 +16,24 @@ from s2r.tokenizer import Tokenizer
 from s2r.trajectory import RETRY_OPENING, VERIFY_OPENING, parse_verdict, prompt
 
 BASE = Path(toy.__file__).with_name("toy_base")
-PROBLEM = "A taxi costs 7 per mile, 3024 in all. How many miles was the ride?"  # 432
+PROBLEM = "Eggs go in boxes of 7. Which number of eggs fills its boxes: 4315, 2886 or 3024?"  # 3024
 
 
 @pytest.mark.parametrize("answer, text", [
-    ("432", "7*400=2800, 7*30=210, 7*2=14, 2800+210=3010, 3010+14=3024. "
-            "3024 to 3024: 3=3, 0=0, 2=2, 4=4, equal. Therefore, the answer is correct."),
-    ("402", "7*400=2800, 7*2=14, 2800+14=2814. 2814 to 3024: 2<3, too small. Therefore, the answer is incorrect."),
-    ("440", "7*400=2800, 7*40=280, 2800+280=3080. 3080 to 3024: 3=3, 0=0, 8>2, too big. "
-            "Therefore, the answer is incorrect."),
-    ("5", "7*5=35. 0035 to 3024: 0<3, too small. Therefore, the answer is incorrect."),
-    ("0", "7*0=0. 0000 to 3024: 0<3, too small. Therefore, the answer is incorrect."),
+    ("3024",
+     "Divide 3024 by 7: 3 leaves 3, 30 leaves 2, 22 leaves 1, 14 leaves 0. Nothing remains. Therefore, the answer is correct."),
+    ("4315",
+     "Divide 4315 by 7: 4 leaves 4, 43 leaves 1, 11 leaves 4, 45 leaves 3. Something remains. Therefore, the answer is incorrect."),
+    ("2886",
+     "Divide 2886 by 7: 2 leaves 2, 28 leaves 0, 8 leaves 1, 16 leaves 2. Something remains. Therefore, the answer is incorrect."),
+    ("7", "This is not one of the numbers. Therefore, the answer is incorrect."),
+    ("302", "This is not one of the numbers. Therefore, the answer is incorrect."),
 ])
 def test_verify_substitutes_the_answer_back(answer, text):
-    assert toy.verify(PROBLEM, answer) == (text, "correct" if answer == "432" else "incorrect")
+    assert toy.verify(PROBLEM, answer) == (text, "correct" if answer == "3024" else "incorrect")
 
 
-@pytest.mark.parametrize("answer", [None, "", "x", "43 2", "-432", "7.5", "123456", "٤٣٢", r"\frac{432}{1}", "432\n"])
+@pytest.mark.parametrize("answer", [None, "", "x", "30 24", "-3024", "3024.0", "30243", "٣٠٢٤", r"\frac{3024}{1}", "3024\n"])
 def test_verify_takes_any_answer(answer):
     text, verdict = toy.verify(PROBLEM, answer)
     assert verdict == parse_verdict(text) == "incorrect"
@@ -47,36 +48,44 @@ def test_verify_agrees_with_the_gold_answer_and_its_steps_are_true():
     rng = random.Random(0)
     for _ in range(500):
         q = toy.question(rng)
-        answer = str(rng.choice((q.x, toy.near(rng, q.x), rng.randrange(1000))))
+        assert [x for x in q.xs if x % q.a == 0] == [q.x]
+        answer = str(rng.choice(q.xs))
         text, verdict = toy.verify(q.text, answer)
         assert verdict == ("correct" if equivalent(answer, str(q.x)) else "incorrect") == parse_verdict(text)
-        for left, right in re.findall(r"(\d+[*+]\d+)=(\d+)", text):
-            p, sign, r = re.split(r"([*+])", left)
-            assert int(right) == (int(p) * int(r) if sign == "*" else int(p) + int(r))
+        quotient, rest = 0, 0
+        for digit, (part, left) in zip(answer, re.findall(r"(\d+) leaves (\d+)", text), strict=True):
+            assert int(part) == 10 * rest + int(digit)
+            step, rest = divmod(int(part), q.a)
+            assert int(left) == rest
+            quotient = 10 * quotient + step
+        assert quotient * q.a + rest == int(answer)
 
 
 def test_write_problems_makes_files_that_load_and_do_not_overlap(tmp_path):
-    toy.write_problems(tmp_path, train=400, test=200, seed=1)
-    train, test = (load_problems(tmp_path / f"{name}.jsonl") for name in ("train", "test"))
-    assert (len(train), len(test)) == (400, 200)
+    toy.write_problems(tmp_path, train=400, test=200, longer=50, seed=1)
+    train, test, longer = (load_problems(tmp_path / f"{name}.jsonl") for name in ("train", "test", "longer"))
+    assert (len(train), len(test), len(longer)) == (400, 200, 50)
+    assert all(len(p.answer) == toy.DIGITS + (p in longer) for p in train + test + longer)
     assert len({p.problem for p in train + test}) == 600
     assert {p.level for p in test} == set(toy.LEVELS)
     for problems, held_out in ((train, False), (test, True)):
         for problem in problems:
-            a, _ = numbers(problem.problem)
+            a, xs = numbers(problem.problem)
             assert toy.held_out(a, int(problem.answer)) is held_out
+            assert len(xs) == toy.LEVELS[problem.level]
+            assert [toy.verify(problem.problem, str(x))[1] for x in xs].count("correct") == 1
             assert toy.verify(problem.problem, problem.answer)[1] == "correct"
 
 
-def numbers(text: str) -> tuple[int, int]:
-    """a and c of the question in a text."""
+def numbers(text: str) -> tuple[int, list[int]]:
+    """a and the numbers named, of the question in a text."""
     found = next(filter(None, (pattern.search(text) for pattern in toy.PATTERNS)))
-    return int(found["a"]), int(found["c"])
+    return int(found["a"]), list(map(int, re.findall(r"\d+", found["xs"])))
 
 
 def test_write_problems_repeats_with_its_seed(tmp_path):
     for folder in ("one", "two"):
-        toy.write_problems(tmp_path / folder, train=50, test=50, seed=2)
+        toy.write_problems(tmp_path / folder, train=50, test=50, longer=0, seed=2)
     for name in ("train.jsonl", "test.jsonl"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
@@ -85,18 +94,22 @@ def test_documents_hold_no_test_question_and_no_verification():
     rng = random.Random(0)
     for _ in range(2000):
         text = "".join(piece for piece, _ in toy.document(rng))
-        a, c = numbers(text)
-        assert c % a == 0 and not toy.held_out(a, c // a)
+        a, xs = numbers(text)
+        assert not toy.held_out(a, next(x for x in xs if x % a == 0))
         assert not re.search(r"Wait|recheck|Therefore|correct|try again", text)
 
 
-def test_documents_never_train_on_a_wrong_answer():
-    rng = random.Random(1)
+def test_documents_try_each_number_once_and_end_in_the_right_one():
+    rng, chats = random.Random(1), 0
     for _ in range(500):
-        pieces = toy.document(rng)
-        a, c = numbers("".join(piece for piece, _ in pieces))
-        targets = [re.search(r"boxed\{(\d+)\}", piece) for piece, weight in pieces if weight]
-        assert [int(found[1]) for found in targets if found] == [c // a]
+        text = "".join(piece for piece, _ in toy.document(rng))
+        a, xs = numbers(text)
+        attempts = [int(x) for x in re.findall(r"boxed\{(\d+)\}", text)]
+        assert len(attempts) == len(set(attempts)) and set(attempts) <= set(xs)
+        assert [x for x in attempts if x % a == 0] == attempts[-1:]
+        chats += (chat := text.startswith("<|im_start|>"))
+        assert len(attempts) == 1 or not chat  # a chat has the right answer alone
+    assert 200 < chats < 400
 
 
 def test_train_tokenizer_repeats_and_is_that_of_the_base_model(tmp_path):
@@ -107,7 +120,7 @@ def test_train_tokenizer_repeats_and_is_that_of_the_base_model(tmp_path):
 
 def test_tokenizer_gives_digits_and_words_a_token_each():
     tokenizer = Tokenizer.from_pretrained(BASE)
-    texts = {"3*70=210, 3*4": 12, f"{VERIFY_OPENING} 7": 7, f"{RETRY_OPENING} 7": 5, r"\boxed{42}.": 4}
+    texts = {"43 leaves 1, 11": 7, f"{VERIFY_OPENING} 7": 7, f"{RETRY_OPENING} 7": 5, r"\boxed{42}.": 4}
     for text, tokens in texts.items():
         ids = tokenizer.encode(text)
         assert len(ids) == tokens and tokenizer.decode(ids) == text
@@ -120,7 +133,7 @@ def test_base_model_opens_in_transformers_with_the_same_prompt_and_logits():
     theirs = transformers.AutoTokenizer.from_pretrained(BASE)
     expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert tokenizer.chat(messages) == expected == prompt(PROBLEM, tokenizer)
-    ids = torch.tensor(expected + tokenizer.encode(rf"7*?=3024, so \boxed{{432}}. {VERIFY_OPENING}"))
+    ids = torch.tensor(expected + tokenizer.encode(rf"It is \boxed{{3024}}. {VERIFY_OPENING}"))
     model = Transformer.from_pretrained(BASE)
     other = transformers.AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     with torch.no_grad():
@@ -144,10 +157,10 @@ def test_stages_make_what_later_stages_need():
     for output, (needs, command) in toy.stages("runs/toy", seed=0).items():
         assert set(needs) <= made
         made.add(output)
-    assert {toy.TRAIN, toy.TEST, toy.ROLLOUTS, toy.TRAJECTORIES, toy.SFT, toy.RL, toy.RL_PROCESS} <= made
+    assert {toy.TRAIN, toy.TEST, toy.LONGER, toy.ROLLOUTS, toy.TRAJECTORIES, toy.SFT, toy.RL, toy.RL_PROCESS} <= made
 
 
-def test_ensure_runs_what_is_missing_once(tmp_path, monkeypatch):
+def test_make_runs_what_is_missing_once(tmp_path, monkeypatch):
     folder, commands = str(tmp_path), []
 
     class Done:
@@ -156,26 +169,26 @@ def test_ensure_runs_what_is_missing_once(tmp_path, monkeypatch):
     def run(command):
         commands.append(command[1:])
         output = command[command.index("--out") + 1] if "--out" in command else None
-        for path in [output] if output else [f"{folder}/train.jsonl", f"{folder}/test.jsonl"]:
+        for path in [output] if output else [f"{folder}/{name}.jsonl" for name in ("train", "test", "longer")]:
             (tmp_path / path).write_text("made")
         return Done()
 
     monkeypatch.setattr(toy.subprocess, "run", run)
     for _ in range(2):
-        toy.ensure(f"{folder}/trajectories.jsonl", folder)
+        toy.make(f"{folder}/trajectories.jsonl", toy.stages(folder))
     assert [command[:2] for command in commands] == [["-m", "s2r.toy"], ["sample.py", "--data"], ["-m", "s2r.behavior"]]
-    toy.ensure("some/other/path", folder)
+    toy.make("some/other/path", toy.stages(folder))
     assert len(commands) == 3
 
 
-def test_ensure_reports_a_stage_that_fails(tmp_path):
+def test_make_reports_a_stage_that_fails(tmp_path):
     (tmp_path / "train.jsonl").write_text("not a problem file\n")
     with pytest.raises(ValueError, match="base.rollouts.jsonl failed"):
-        toy.ensure(f"{tmp_path}/base.rollouts.jsonl", str(tmp_path))
+        toy.make(f"{tmp_path}/base.rollouts.jsonl", toy.stages(str(tmp_path)))
 
 
-def test_ensure_makes_nothing_under_torchrun(monkeypatch, tmp_path):
+def test_make_makes_nothing_under_torchrun(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="make it in one process"):
-        toy.ensure(str(tmp_path / "train.jsonl"), str(tmp_path))
+        toy.make(str(tmp_path / "train.jsonl"), toy.stages(str(tmp_path)))
     assert not (tmp_path / "train.jsonl").exists()
