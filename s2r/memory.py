@@ -1,0 +1,203 @@
+"""Peak memory of one process (one GPU) of the training scripts, computed from the model's shape and the settings.
+
+Memory is a maximum over phases that follow one another, each a sum of what is alive in it:
+
+    load      weights, reference and sampler's copy, whole, before they are spread over the ranks
+    rollout   weights + optimizer + reference + sampler's copy + cache + decoding
+    score     weights + optimizer + reference + sampler's copy + one forward pass
+    update    weights + optimizer + reference + sampler's copy + gradients + activations + backward pass
+    save      on a CPU: weights + optimizer + reference + sampler's copy + what is written
+
+    python -m s2r.memory --model DIR --gpus 8 --checkpointing            what RL takes with a model, phase by phase
+    python -m s2r.memory --model Qwen2.5-7B --stage sft                  models of PUBLIC need no folder
+
+Counted: tensors at their peak, from the second step on (optimizer state) and the second micro-batch on (gradients).
+Not counted: torch itself, the CUDA context, NCCL's buffers, and what an allocator holds without need. Every formula is
+derived from what the code keeps, none is fitted; `tests/test_memory.py` holds them against measured peaks on a CPU.
+T is the tokens of a micro-batch, `a` the bytes of a number in the compute dtype; other letters as in `s2r/__init__.py`.
+Called by the training scripts, which print `report`, and by `s2r/scaling.py`.
+"""
+
+import argparse
+from dataclasses import dataclass, replace
+
+from kernels.logprob import CHUNK_ELEMENTS, SLAB_BYTES
+from s2r.config import ModelConfig
+from s2r.model import SHARD_BYTES
+
+GB = 10**9
+
+
+@dataclass(frozen=True)
+class Job:
+    """What decides how much memory a training script takes, beside the model."""
+
+    tokens: int  # T of a micro-batch: --tokens-per-microbatch, or the longest sequence if that is longer
+    itemsize: int = 2  # a: 2 for bf16, 4 for fp32
+    gpu: bool = True  # Triton kernels and CUDA graphs, or the PyTorch twins
+    ranks: int = 1  # processes that share weights, gradients, optimizer and reference (FSDP2)
+    checkpointing: bool = False
+    offload: bool = False  # optimizer state in the host's memory
+    reference: bool = True  # π_ref of RL, π_base of SFT
+    sft: bool = False  # the KL of SFT runs the reference while the activations of the model are alive
+    slots: int = 0  # rows sampled at a time; 0: nothing is sampled
+    capacity: int = 0  # C, tokens of a row of the cache
+    prefill: int = 0  # tokens of prompts run through the model at a time
+
+    @property
+    def copies(self) -> bool:
+        """Whether the compute dtype is another than that of the fp32 master weights."""
+        return self.itemsize != 4
+
+
+def parameters(c: ModelConfig) -> tuple[int, int]:
+    """Numbers in one block, and in embedding, head and last norm together."""
+    heads = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+    block = c.hidden_size * (heads + c.num_heads * c.head_dim + 3 * c.intermediate_size + 2)
+    block += heads * c.qkv_bias + 2 * c.head_dim * c.qk_norm
+    return block, c.vocab_size * c.hidden_size * (1 if c.tied else 2) + c.hidden_size
+
+
+def total(c: ModelConfig) -> int:
+    """Numbers in the whole model."""
+    block, rest = parameters(c)
+    return c.num_layers * block + rest
+
+
+def resident(c: ModelConfig, job: Job) -> dict[str, float]:
+    """What stays from the first step to the last: 4 bytes per weight, AdamW's two moments 8, reference and sampler a.
+
+    All are spread over the ranks but the sampler's copy, which every rank has whole; one process in fp32 samples from
+    the weights themselves.
+    """
+    P, own_copy = total(c), job.slots and (job.ranks > 1 or job.copies)
+    return {
+        "weights": 4 * P / job.ranks,
+        "optimizer": 0 if job.offload else 8 * P / job.ranks,
+        "reference": job.itemsize * P / job.ranks if job.reference else 0,
+        "sampler": job.itemsize * P if own_copy else 0,
+    }
+
+
+def gradients(c: ModelConfig, job: Job) -> float:
+    """fp32, one per weight, spread over the ranks."""
+    return 4 * total(c) / job.ranks
+
+
+def compute_copies(c: ModelConfig, job: Job) -> float:
+    """Weights in the compute dtype that the update holds beside the masters.
+
+    One process: the graph keeps each weight it has cast until its backward, a·P; with checkpointing one block's and the
+    head's. Several: embedding, head and norm, gathered until the step ends, two blocks (one at work, one on its way),
+    and the gradients of one block and of the rest on their way into the reduction: a, and 4 where they are cast.
+    """
+    block, rest = parameters(c)
+    if job.ranks > 1:
+        return (rest + 2 * block) * job.itemsize + (rest + block) * (job.itemsize + 4 * job.copies)
+    if not job.copies:
+        return 0
+    return job.itemsize * (c.vocab_size * c.hidden_size + block * (1 if job.checkpointing else c.num_layers))
+
+
+def saved_by_block(c: ModelConfig, job: Job) -> float:
+    """Bytes per token that one block keeps for its backward pass.
+
+    GPU: input and output of both norms 4D, the whole of qkv (v is a view of it), rotated q and k, output of the
+    attention 3(H+G)E and its log-sum 4H, gate and up, silu(gate), their product 4F.
+    CPU: the norms keep two fp32 arrays each beside their output; the attention keeps q, k and v per query head, its
+    output, and that output again with heads side by side, 5HE.
+    """
+    D, F, H, G, E, a = c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads, c.head_dim, job.itemsize
+    if job.gpu:
+        return a * (4 * D + 3 * (H + G) * E + 4 * F) + 4 * H
+    norms = 4 * 4 * D + a * 2 * D
+    if c.qk_norm:  # q and k: in fp32, normalised in fp32; fp32 q and k are views of the whole qkv
+        norms += 4 * (H + G) * E + (4 * (H + G) * E if job.copies else 4 * (H + 2 * G) * E)
+    return norms + a * (5 * H * E + 4 * F) + 4 * H
+
+
+def activations(c: ModelConfig, job: Job) -> float:
+    """All blocks' share; with checkpointing the input of each block and, in the backward pass, one block's share.
+
+    To that come cos and sin, the last norm, and the hidden states that the scored tokens are predicted from: of the
+    reference too in SFT.
+    """
+    a, D, saved = job.itemsize, c.hidden_size, saved_by_block(c, job)
+    blocks = c.num_layers * a * D + saved if job.checkpointing else c.num_layers * saved
+    norm = a * D if job.gpu else 8 * D
+    hidden = a * D * (2 if job.sft and job.reference else 1)
+    return job.tokens * (blocks + norm + hidden + 2 * a * c.head_dim)
+
+
+def forward_work(c: ModelConfig, job: Job, tokens: int) -> float:
+    """One block without a graph: the residual stream, and gate, up, silu(gate), their product; or the attention's arrays."""
+    E, H, G = c.head_dim, c.num_heads, c.num_kv_heads
+    attention = (2 * H + 3 * G if job.gpu else 6 * H + 2 * G) * E
+    return job.itemsize * tokens * (c.hidden_size + max(4 * c.intermediate_size, attention))
+
+
+def head_work(c: ModelConfig, job: Job) -> float:
+    """log p and its backward pass: never the (T, V) logits, but one slab (GPU) or a few chunks (CPU) of them.
+
+    With it dh twice, and dW (V, D), which autograd copies once, from the compute dtype to fp32 or out of the slice
+    that cuts the vocabulary.
+    """
+    T, a, dW = job.tokens, job.itemsize, c.vocab_size * c.hidden_size
+    if job.gpu:
+        logits = min(SLAB_BYTES, T * c.vocab_size * a) + 4 * T * c.hidden_size
+        copies = a * dW
+    else:
+        logits = 4 * min(CHUNK_ELEMENTS, T * c.vocab_size) * (4 if job.sft and job.reference else 2)
+        copies = 4 * dW
+    return 2 * a * T * c.hidden_size + max(logits + copies, 8 * dW)
+
+
+def update_work(c: ModelConfig, job: Job) -> float:
+    """Temporaries of the update: the most of the head's, a block's backward pass, and in SFT the reference's forward.
+
+    A block's: the gradients of gate and up 2F and of the residual stream 2D, beyond what its backward has let go, and
+    the gradient of its largest matrix (2F, D). The head's gradient of a tied embedding waits for the embedding's.
+    """
+    a, D, F = job.itemsize, c.hidden_size, c.intermediate_size
+    waiting = 4 * c.vocab_size * D if c.tied else 0
+    matrix = 2 * F * D * (a + 4 * job.copies)
+    block = job.tokens * a * (2 * F + 2 * D) + matrix + waiting
+    base = forward_work(c, job, job.tokens) if job.sft and job.reference else 0
+    return max(head_work(c, job), block, base)
+
+
+def cache(c: ModelConfig, job: Job, rows: int, capacity: int) -> float:
+    """Keys and values: 2·L·G·E numbers a token, `rows` × `capacity` tokens."""
+    return 2 * c.num_layers * c.num_kv_heads * c.head_dim * job.itemsize * rows * capacity
+
+
+def decoding(c: ModelConfig, job: Job) -> float:
+    """The sampler's work: prompts run through the model (their keys and values twice), logits, random numbers, ids.
+
+    GPU: logits in the compute dtype and twice in fp32, once per CUDA graph: rows 1 + 1/4 + 1/16 + … = 4/3. CPU: three
+    times in fp32, and the weights again in oneDNN's layout.
+    """
+    a, block = job.itemsize, parameters(c)[0]
+    prefill = forward_work(c, job, job.prefill) + 2 * cache(c, job, 1, job.prefill)
+    rows = job.slots * c.vocab_size * ((a + 8) * 4 / 3 if job.gpu else 12) + job.slots * job.capacity * 16
+    packed = 0 if job.gpu else a * (c.num_layers * block + c.vocab_size * c.hidden_size)
+    return packed + max(prefill, rows + cache(c, job, 1, job.prefill))
+
+
+def phases(c: ModelConfig, job: Job) -> dict[str, dict[str, float]]:
+    """Phase → part → bytes."""
+    stays, P = resident(c, job), total(c)
+    whole = replace(job, ranks=1)
+    out = {"load": {name: size for name, size in resident(c, whole).items() if name != "optimizer"}}
+    if job.slots:
+        out["rollout"] = stays | {"cache": cache(c, job, job.slots, job.capacity), "decoding": decoding(c, job)}
+        out["score"] = stays | {"forward": forward_work(c, job, job.tokens) + compute_copies(c, job)}
+    out["update"] = stays | {
+        "gradients": gradients(c, job),
+        "copies": compute_copies(c, job),
+        "activations": activations(c, job),
+        "backward": update_work(c, job),
+    }
+    if not job.gpu:
+        out["save"] = stays | {"file": min(job.itemsize * P, SHARD_BYTES)}
+    return out
