@@ -8,8 +8,8 @@ Memory is a maximum over phases that follow one another, each a sum of what is a
     update    weights + optimizer + reference + sampler's copy + gradients + activations + backward pass
     save      on a CPU: weights + optimizer + reference + sampler's copy + what is written
 
-    python -m s2r.memory --model DIR --gpus 8 --checkpointing            what RL takes with a model, phase by phase
-    python -m s2r.memory --model Qwen2.5-7B --stage sft                  models of PUBLIC need no folder
+    python -m s2r.memory --model DIR --gpus 8 --checkpointing            RL, phase by phase
+    python -m s2r.memory --model Qwen2.5-7B --stage sft                  a model of PUBLIC needs no folder
 
 Counted: tensors at their peak, from the second step on (optimizer state) and the second micro-batch on (gradients).
 Not counted: torch itself, the CUDA context, NCCL's buffers, and what an allocator holds without need. Every formula is
@@ -19,27 +19,31 @@ Called by the training scripts, which print `report`, and by `s2r/scaling.py`.
 """
 
 import argparse
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from kernels.logprob import CHUNK_ELEMENTS, SLAB_BYTES
 from s2r.config import ModelConfig
-from s2r.model import SHARD_BYTES
+from s2r.model import SHARD_BYTES, Transformer
+from s2r.parallel import Ranks
 
 GB = 10**9
+PREFILL = 16_384  # tokens of prompts that the sampler runs through the model at a time
 
 
 @dataclass(frozen=True)
 class Job:
-    """What decides how much memory a training script takes, beside the model."""
+    """What decides how much memory a script takes, beside the model."""
 
+    stage: str  # sample, sft or rl
     tokens: int  # T of a micro-batch: --tokens-per-microbatch, or the longest sequence if that is longer
     itemsize: int = 2  # a: 2 for bf16, 4 for fp32
     gpu: bool = True  # Triton kernels and CUDA graphs, or the PyTorch twins
     ranks: int = 1  # processes that share weights, gradients, optimizer and reference (FSDP2)
     checkpointing: bool = False
     offload: bool = False  # optimizer state in the host's memory
-    reference: bool = True  # π_ref of RL, π_base of SFT
-    sft: bool = False  # the KL of SFT runs the reference while the activations of the model are alive
+    reference: bool = True  # π_ref of RL, π_base of SFT with --kl
     slots: int = 0  # rows sampled at a time; 0: nothing is sampled
     capacity: int = 0  # C, tokens of a row of the cache
     prefill: int = 0  # tokens of prompts run through the model at a time
@@ -48,6 +52,11 @@ class Job:
     def copies(self) -> bool:
         """Whether the compute dtype is another than that of the fp32 master weights."""
         return self.itemsize != 4
+
+    @property
+    def base(self) -> bool:
+        """Whether the reference runs while the activations of the model are alive: the KL of SFT."""
+        return self.stage == "sft" and self.reference
 
 
 def parameters(c: ModelConfig) -> tuple[int, int]:
@@ -70,7 +79,9 @@ def resident(c: ModelConfig, job: Job) -> dict[str, float]:
     All are spread over the ranks but the sampler's copy, which every rank has whole; one process in fp32 samples from
     the weights themselves.
     """
-    P, own_copy = total(c), job.slots and (job.ranks > 1 or job.copies)
+    P, own_copy = total(c), job.stage == "rl" and (job.ranks > 1 or job.copies)
+    if job.stage == "sample":
+        return {"weights": job.itemsize * P}
     return {
         "weights": 4 * P / job.ranks,
         "optimizer": 0 if job.offload else 8 * P / job.ranks,
@@ -125,7 +136,7 @@ def activations(c: ModelConfig, job: Job) -> float:
     a, D, saved = job.itemsize, c.hidden_size, saved_by_block(c, job)
     blocks = c.num_layers * a * D + saved if job.checkpointing else c.num_layers * saved
     norm = a * D if job.gpu else 8 * D
-    hidden = a * D * (2 if job.sft and job.reference else 1)
+    hidden = a * D * (2 if job.base else 1)
     return job.tokens * (blocks + norm + hidden + 2 * a * c.head_dim)
 
 
@@ -134,6 +145,11 @@ def forward_work(c: ModelConfig, job: Job, tokens: int) -> float:
     E, H, G = c.head_dim, c.num_heads, c.num_kv_heads
     attention = (2 * H + 3 * G if job.gpu else 6 * H + 2 * G) * E
     return job.itemsize * tokens * (c.hidden_size + max(4 * c.intermediate_size, attention))
+
+
+def head_forward(c: ModelConfig, job: Job) -> float:
+    """log p without a graph: on a CPU logits and log-probabilities of one chunk, of both models for the KL; no logits on a GPU."""
+    return 0 if job.gpu else 4 * min(CHUNK_ELEMENTS, job.tokens * c.vocab_size) * (4 if job.base else 2)
 
 
 def head_work(c: ModelConfig, job: Job) -> float:
@@ -147,8 +163,7 @@ def head_work(c: ModelConfig, job: Job) -> float:
         logits = min(SLAB_BYTES, T * c.vocab_size * a) + 4 * T * c.hidden_size
         copies = a * dW
     else:
-        logits = 4 * min(CHUNK_ELEMENTS, T * c.vocab_size) * (4 if job.sft and job.reference else 2)
-        copies = 4 * dW
+        logits, copies = head_forward(c, job), 4 * dW
     return 2 * a * T * c.hidden_size + max(logits + copies, 8 * dW)
 
 
@@ -162,7 +177,7 @@ def update_work(c: ModelConfig, job: Job) -> float:
     waiting = 4 * c.vocab_size * D if c.tied else 0
     matrix = 2 * F * D * (a + 4 * job.copies)
     block = job.tokens * a * (2 * F + 2 * D) + matrix + waiting
-    base = forward_work(c, job, job.tokens) if job.sft and job.reference else 0
+    base = forward_work(c, job, job.tokens) if job.base else 0
     return max(head_work(c, job), block, base)
 
 
@@ -186,18 +201,63 @@ def decoding(c: ModelConfig, job: Job) -> float:
 
 def phases(c: ModelConfig, job: Job) -> dict[str, dict[str, float]]:
     """Phase → part → bytes."""
-    stays, P = resident(c, job), total(c)
-    whole = replace(job, ranks=1)
-    out = {"load": {name: size for name, size in resident(c, whole).items() if name != "optimizer"}}
+    stays, out = resident(c, job), {}
+    if job.stage != "sample":
+        whole = resident(c, replace(job, ranks=1)) | {"sampler": stays["sampler"]}
+        out["load"] = whole | {"optimizer": 0}
     if job.slots:
         out["rollout"] = stays | {"cache": cache(c, job, job.slots, job.capacity), "decoding": decoding(c, job)}
-        out["score"] = stays | {"forward": forward_work(c, job, job.tokens) + compute_copies(c, job)}
-    out["update"] = stays | {
-        "gradients": gradients(c, job),
-        "copies": compute_copies(c, job),
-        "activations": activations(c, job),
-        "backward": update_work(c, job),
-    }
-    if not job.gpu:
-        out["save"] = stays | {"file": min(job.itemsize * P, SHARD_BYTES)}
+    if job.stage == "rl":
+        forward = max(forward_work(c, job, job.tokens), head_forward(c, job))
+        out["score"] = stays | {"copies": compute_copies(c, replace(job, checkpointing=True)), "forward": forward}
+    if job.stage != "sample":
+        out["update"] = stays | {
+            "gradients": gradients(c, job),
+            "copies": compute_copies(c, job),
+            "activations": activations(c, job),
+            "backward": update_work(c, job),
+        }
+        if not job.gpu:
+            out["save"] = stays | {"file": min(job.itemsize * total(c), SHARD_BYTES)}
     return out
+
+
+def peak(c: ModelConfig, job: Job) -> tuple[str, float]:
+    """The phase that takes the most, and its bytes."""
+    sizes = {phase: sum(parts.values()) for phase, parts in phases(c, job).items()}
+    return max(sizes.items(), key=lambda item: item[1])
+
+
+def report(c: ModelConfig, job: Job) -> str:
+    """The parts of the peak and the sums of the other phases, in two lines, in GB."""
+    sums = phases(c, job)
+    at, most = peak(c, job)
+    parts = " + ".join(f"{name} {size / GB:.3g}" for name, size in sums[at].items() if size)
+    others = ", ".join(f"{phase} {sum(p.values()) / GB:.3g}" for phase, p in sums.items() if phase != at)
+    return f"memory, estimated: {parts} = {most / GB:.3g} GB at the peak, in the {at}\n    other phases: {others or 'none'}"
+
+
+def job_of(
+    cfg, model: Transformer, ranks: Ranks, *, sequences: Sequence[list[int]], prompts: Sequence[list[int]] = ()
+) -> Job:
+    """The job of a training script: its settings, the sequences it learns from and the prompts it samples from."""
+    rl, prompt, slots = hasattr(cfg, "rollouts"), max(map(len, prompts), default=0), 0
+    longest = max(map(len, sequences), default=0)
+    if prompts:
+        longest = max(longest, min(prompt + cfg.max_new_tokens, model.config.max_positions))
+        mine = math.ceil((len(prompts) if cfg.eval_every else cfg.problems) / ranks.size)
+        slots = min(cfg.slots, mine * cfg.rollouts)
+    rows = math.ceil((cfg.problems * cfg.rollouts / cfg.updates if rl else cfg.batch_size) / ranks.size)
+    return Job(
+        "rl" if rl else "sft",
+        tokens=min(max(cfg.tokens_per_microbatch, longest), rows * longest),
+        itemsize=model.dtype.itemsize,
+        gpu=ranks.device.type == "cuda",
+        ranks=ranks.size,
+        checkpointing=cfg.checkpointing,
+        offload=getattr(cfg, "offload", False),
+        reference=rl or cfg.kl > 0,
+        slots=slots,
+        capacity=longest,
+        prefill=min(PREFILL, mine * prompt) if slots else 0,
+    )
