@@ -2,23 +2,19 @@
 
 Memory is a maximum over phases that follow one another, each a sum of what is alive in it:
 
-    load      weights, reference and sampler's copy, whole, before they are spread over the ranks
+    load      one process: weights + reference + sampler's copy; of several, each loads on the host, see `on_host`
     rollout   weights + optimizer + reference + sampler's copy + cache + decoding
     score     weights + optimizer + reference + sampler's copy + one forward pass
     update    weights + optimizer + reference + sampler's copy + gradients + activations + backward pass
     save      on a CPU: weights + optimizer + reference + sampler's copy + what is written
 
-    python -m s2r.memory --model DIR --gpus 8 --checkpointing            RL, phase by phase
-    python -m s2r.memory --model Qwen2.5-7B --stage sft                  a model of PUBLIC needs no folder
-
 Counted: tensors at their peak, from the second step on (optimizer state) and the second micro-batch on (gradients).
 Not counted: torch itself, the CUDA context, NCCL's buffers, and what an allocator holds without need. Every formula is
 derived from what the code keeps, none is fitted; `tests/test_memory.py` holds them against measured peaks on a CPU.
 T is the tokens of a micro-batch, `a` the bytes of a number in the compute dtype; other letters as in `s2r/__init__.py`.
-Called by the training scripts, which print `report`, and by `s2r/scaling.py`.
+Called by the training scripts, which print `report`, and by `s2r/scaling.py`, which makes tables.
 """
 
-import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -36,7 +32,7 @@ PREFILL = 16_384  # tokens of prompts that the sampler runs through the model at
 class Job:
     """What decides how much memory a script takes, beside the model."""
 
-    stage: str  # sample, sft or rl
+    stage: str  # sft or rl
     tokens: int  # T of a micro-batch: --tokens-per-microbatch, or the longest sequence if that is longer
     itemsize: int = 2  # a: 2 for bf16, 4 for fp32
     gpu: bool = True  # Triton kernels and CUDA graphs, or the PyTorch twins
@@ -80,8 +76,6 @@ def resident(c: ModelConfig, job: Job) -> dict[str, float]:
     the weights themselves.
     """
     P, own_copy = total(c), job.stage == "rl" and (job.ranks > 1 or job.copies)
-    if job.stage == "sample":
-        return {"weights": job.itemsize * P}
     return {
         "weights": 4 * P / job.ranks,
         "optimizer": 0 if job.offload else 8 * P / job.ranks,
@@ -99,12 +93,12 @@ def compute_copies(c: ModelConfig, job: Job) -> float:
     """Weights in the compute dtype that the update holds beside the masters.
 
     One process: the graph keeps each weight it has cast until its backward, a·P; with checkpointing one block's and the
-    head's. Several: embedding, head and norm, gathered until the step ends, two blocks (one at work, one on its way),
-    and the gradients of one block and of the rest on their way into the reduction: a, and 4 where they are cast.
+    head's. Several: embedding, head and norm, gathered until the backward pass ends, with their gradients; two blocks,
+    one at work and one on its way; and one block's gradients, which are copied into fp32 to be reduced.
     """
     block, rest = parameters(c)
     if job.ranks > 1:
-        return (rest + 2 * block) * job.itemsize + (rest + block) * (job.itemsize + 4 * job.copies)
+        return job.itemsize * (2 * rest + 3 * block) + 4 * block
     if not job.copies:
         return 0
     return job.itemsize * (c.vocab_size * c.hidden_size + block * (1 if job.checkpointing else c.num_layers))
@@ -156,7 +150,7 @@ def head_work(c: ModelConfig, job: Job) -> float:
     """log p and its backward pass: never the (T, V) logits, but one slab (GPU) or a few chunks (CPU) of them.
 
     With it dh twice, and dW (V, D), which autograd copies once, from the compute dtype to fp32 or out of the slice
-    that cuts the vocabulary.
+    that cuts the vocabulary; where the weights are gathered, they and dW are in the compute dtype.
     """
     T, a, dW = job.tokens, job.itemsize, c.vocab_size * c.hidden_size
     if job.gpu:
@@ -164,7 +158,7 @@ def head_work(c: ModelConfig, job: Job) -> float:
         copies = a * dW
     else:
         logits, copies = head_forward(c, job), 4 * dW
-    return 2 * a * T * c.hidden_size + max(logits + copies, 8 * dW)
+    return 2 * a * T * c.hidden_size + max(logits + copies, 2 * (a if job.ranks > 1 else 4) * dW)
 
 
 def update_work(c: ModelConfig, job: Job) -> float:
@@ -172,13 +166,15 @@ def update_work(c: ModelConfig, job: Job) -> float:
 
     A block's: the gradients of gate and up 2F and of the residual stream 2D, beyond what its backward has let go, and
     the gradient of its largest matrix (2F, D). The head's gradient of a tied embedding waits for the embedding's.
+    Several processes: at the end, activations gone, the gradients of embedding and head are copied into fp32.
     """
     a, D, F = job.itemsize, c.hidden_size, c.intermediate_size
-    waiting = 4 * c.vocab_size * D if c.tied else 0
+    waiting = 4 * c.vocab_size * D if c.tied and job.ranks == 1 else 0
     matrix = 2 * F * D * (a + 4 * job.copies)
     block = job.tokens * a * (2 * F + 2 * D) + matrix + waiting
     base = forward_work(c, job, job.tokens) if job.base else 0
-    return max(head_work(c, job), block, base)
+    reduced = 4 * parameters(c)[1] - activations(c, job) if job.ranks > 1 else 0
+    return max(head_work(c, job), block, base, reduced)
 
 
 def cache(c: ModelConfig, job: Job, rows: int, capacity: int) -> float:
@@ -199,26 +195,30 @@ def decoding(c: ModelConfig, job: Job) -> float:
     return packed + max(prefill, rows + cache(c, job, 1, job.prefill))
 
 
+def on_host(c: ModelConfig, job: Job) -> float:
+    """Bytes of the host's memory per process: its own whole copies while it loads, later optimizer state with --offload."""
+    loading = (4 + job.itemsize * job.reference) * total(c) if job.ranks > 1 else 0
+    return max(loading, 8 * total(c) / job.ranks if job.offload else 0)
+
+
 def phases(c: ModelConfig, job: Job) -> dict[str, dict[str, float]]:
     """Phase → part → bytes."""
     stays, out = resident(c, job), {}
-    if job.stage != "sample":
-        whole = resident(c, replace(job, ranks=1)) | {"sampler": stays["sampler"]}
-        out["load"] = whole | {"optimizer": 0}
+    if job.ranks == 1 or not job.gpu:
+        out["load"] = resident(c, replace(job, ranks=1)) | {"sampler": stays["sampler"], "optimizer": 0}
     if job.slots:
         out["rollout"] = stays | {"cache": cache(c, job, job.slots, job.capacity), "decoding": decoding(c, job)}
     if job.stage == "rl":
         forward = max(forward_work(c, job, job.tokens), head_forward(c, job))
         out["score"] = stays | {"copies": compute_copies(c, replace(job, checkpointing=True)), "forward": forward}
-    if job.stage != "sample":
-        out["update"] = stays | {
-            "gradients": gradients(c, job),
-            "copies": compute_copies(c, job),
-            "activations": activations(c, job),
-            "backward": update_work(c, job),
-        }
-        if not job.gpu:
-            out["save"] = stays | {"file": min(job.itemsize * total(c), SHARD_BYTES)}
+    out["update"] = stays | {
+        "gradients": gradients(c, job),
+        "copies": compute_copies(c, job),
+        "activations": activations(c, job),
+        "backward": update_work(c, job),
+    }
+    if not job.gpu:
+        out["save"] = stays | {"file": min(job.itemsize * total(c), SHARD_BYTES)}
     return out
 
 
