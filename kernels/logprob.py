@@ -8,7 +8,8 @@ With z = h·Wᵀ/τ the logits of one token, target y and p = softmax(z):
 Neither direction saves the logits; the backward computes them again. At T = 8,192 and V = 151,936 they would take
 5 GB in fp32, with their gradient 10 GB. Two implementations, one maths:
 
-PyTorch (`_TorchHead`, the CPU) walks over chunks of tokens and keeps one chunk of logits alive.
+PyTorch (`_TorchHead`, the CPU) goes forward by chunks of tokens and back by slabs of the vocabulary, one chunk or slab
+of logits alive.
 
 Triton (`_TritonHead`, CUDA) walks over tiles of BLOCK_T tokens × BLOCK_V vocabulary entries that never leave the
 registers. The vocabulary is cut into a few splits, and a program of the forward kernel owns one cell of
@@ -33,65 +34,79 @@ from torch.autograd.function import once_differentiable
 
 from kernels import jit, tl, triton
 
-CHUNK_ELEMENTS = 2**22  # logits of one chunk, 16 MB in fp32; two or three such buffers are alive at a time
+CHUNK_ELEMENTS = 2**22  # logits of one chunk or slab, 16 MB in fp32; two or three such buffers are alive at a time
 SLAB_BYTES = 2**27  # of dz, 128 MB: 8,192 tokens × 8,192 entries in bf16
 GROUP = 16  # token blocks that share their reads of weight; see _owner
 LOG2E = 1.4426950408889634  # e^x = 2^(x·LOG2E), and 2^x is one instruction
 
 
 class _TorchHead(torch.autograd.Function):
-    """The maths of the module docstring in PyTorch, chunk by chunk of tokens."""
+    """The maths of the module docstring in PyTorch: forward by chunks of tokens, backward by slabs of the vocabulary."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, hidden_ref, weight_ref):
-        T = hidden.shape[0]
-        logp, entropy = hidden.new_empty(T, dtype=torch.float32), hidden.new_empty(T, dtype=torch.float32)
-        kl = hidden.new_zeros(T, dtype=torch.float32)
-        for chunk in _chunks(T, weight.shape[0]):
-            log_p = _log_softmax(hidden[chunk], weight, temperature)  # (t, V)
+        T, V = hidden.shape[0], weight.shape[0]
+        logp, entropy, kl, m, log_s, m_ref, log_s_ref = (hidden.new_zeros(T, dtype=torch.float32) for _ in range(7))
+        for chunk in _slices(T, CHUNK_ELEMENTS // V):
+            log_p, m[chunk], log_s[chunk] = _log_softmax(hidden[chunk], weight, temperature)  # (t, V)
             logp[chunk] = log_p.gather(1, targets[chunk, None])[:, 0]
             p = log_p.exp()
             entropy[chunk] = -torch.linalg.vecdot(p, log_p)
             if hidden_ref is not None:
-                log_p -= _log_softmax(hidden_ref[chunk], weight_ref, temperature)
-                kl[chunk] = torch.linalg.vecdot(p, log_p)
-        ctx.save_for_backward(hidden, weight, targets, hidden_ref, weight_ref, kl)
+                log_p_ref, m_ref[chunk], log_s_ref[chunk] = _log_softmax(hidden_ref[chunk], weight_ref, temperature)
+                kl[chunk] = torch.linalg.vecdot(p, log_p.sub_(log_p_ref))
+        ctx.save_for_backward(hidden, weight, targets, hidden_ref, weight_ref, kl, m, log_s, m_ref, log_s_ref)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
         return logp, entropy, kl
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_logp, _, grad_kl):
-        hidden, weight, targets, hidden_ref, weight_ref, kl = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        for chunk in _chunks(hidden.shape[0], weight.shape[0]):
-            log_p = _log_softmax(hidden[chunk], weight, ctx.temperature)  # (t, V)
+        hidden, weight, targets, hidden_ref, weight_ref, kl, m, log_s, m_ref, log_s_ref = ctx.saved_tensors
+        T, V = hidden.shape[0], weight.shape[0]
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
+        grad_weight = torch.empty_like(weight)
+        rows = torch.arange(T, device=hidden.device)
+        for slab in _slices(V, max(CHUNK_ELEMENTS // max(T, 1), 128)):
+            z = _z(hidden, weight[slab], ctx.temperature)  # (T, entries of this slab)
+            log_p = z.sub_(m[:, None]).sub_(log_s[:, None])
             if hidden_ref is None:
-                grad_z = log_p.exp_().mul_(-grad_logp[chunk, None])
+                grad_z = log_p.exp_().mul_(-grad_logp[:, None])
             else:
+                z_ref = _z(hidden_ref, weight_ref[slab], ctx.temperature)
+                log_p_ref = z_ref.sub_(m_ref[:, None]).sub_(log_s_ref[:, None])
                 p = log_p.exp()
-                log_p -= _log_softmax(hidden_ref[chunk], weight_ref, ctx.temperature)
-                grad_z = log_p.sub_(kl[chunk, None]).mul_(grad_kl[chunk, None]).sub_(grad_logp[chunk, None]).mul_(p)
-            grad_z.scatter_add_(1, targets[chunk, None], grad_logp[chunk, None])
+                grad_z = log_p.sub_(log_p_ref).sub_(kl[:, None]).mul_(grad_kl[:, None]).sub_(grad_logp[:, None]).mul_(p)
+            hit = (targets >= slab.start) & (targets < slab.stop)  # (T,)
+            grad_z[rows[hit], targets[hit] - slab.start] += grad_logp[hit]
             grad_z = grad_z.div_(ctx.temperature).to(hidden.dtype)
-            grad_hidden[chunk] = grad_z @ weight
+            torch.mm(grad_z.T, hidden, out=grad_weight[slab])  # all tokens at once: rounded once
             if hidden.dtype == torch.float32:
-                grad_weight.addmm_(grad_z.T, hidden[chunk])  # in place: a second (V, D) would be the largest buffer
+                grad_hidden.addmm_(grad_z, weight[slab])
             else:
-                grad_weight += grad_z.T @ hidden[chunk]  # products in bf16, their sum in fp32
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+                grad_hidden += grad_z @ weight[slab]
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None
 
 
-def _log_softmax(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Log-probabilities (t, V) in fp32 of one chunk of hidden states (t, D)."""
-    return torch.log_softmax((hidden @ weight.T).float().div_(temperature), dim=-1)
+def _z(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
+    """hidden·weightᵀ / temperature in fp32."""
+    return (hidden @ weight.T).float().div_(temperature)
 
 
-def _chunks(T: int, V: int) -> list[slice]:
-    """Slices of at most CHUNK_ELEMENTS logits that cover T tokens."""
-    step = max(1, CHUNK_ELEMENTS // V)
-    return [slice(t, min(t + step, T)) for t in range(0, T, step)]
+def _log_softmax(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> tuple[torch.Tensor, ...]:
+    """Log-probabilities (t, V) in fp32 of hidden states (t, D), and what they are made of: the maximum m of the logits z
+    and log s = log Σ e^(z−m), each (t,)."""
+    z = _z(hidden, weight, temperature)
+    m = z.amax(dim=1)
+    log_s = z.sub_(m[:, None]).exp().sum(dim=1).log()
+    return z.sub_(log_s[:, None]), m, log_s
+
+
+def _slices(size: int, step: int) -> list[slice]:
+    """Slices of `step` elements, at least one, and a shorter last one, that cover range(size)."""
+    step = max(step, 1)
+    return [slice(i, min(i + step, size)) for i in range(0, size, step)]
 
 
 @jit

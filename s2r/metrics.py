@@ -5,14 +5,16 @@
     trials          number of solves, mean                    all
     va              Parser(v) = V_golden(s)                    all verifies
     er              Parser(v) = incorrect                      verifies after a wrong solve      (error recall)
+    va_right        Parser(v) = correct                        verifies after a right solve      (`er` for right solves)
     cp              s right                                    verifies that say correct         (correct precision)
     icr, cir        last solve right, last solve wrong        first solve wrong, first solve right
 
 so that  accuracy = first_accuracy·(1 − cir) + (1 − first_accuracy)·icr.  A share of nothing is None (null in JSON).
 Beside them: `responses`, their number; `finished`, the share that stopped by itself; `tokens`, mean sampled ids a
 response; `no_answer`, the share whose last solve has no \\boxed answer; `no_verdict`, the share of verifies that say
-neither correct nor incorrect; `by_level`, accuracy and trials for each difficulty. `at_k` adds the `standard_error` of
-accuracy over problems and, with n > 1 responses a problem, for k = 1, 2, 4, … and n:
+neither correct nor incorrect; `by_level`, accuracy and trials for each difficulty; `va_by_trial`, `va` of the first
+verify of each response, of the second, and so on. `at_k` adds the `standard_error` of accuracy over problems and, with
+n > 1 responses a problem, for k = 1, 2, 4, … and n:
 
     pass_at_k   at least one of k responses right         estimated from all n (arXiv 2107.03374)
     maj_at_k    the most frequent answer of the first k   answers are one when `equivalent`; a tie goes to the earlier
@@ -31,7 +33,7 @@ from statistics import stdev
 
 from s2r.grade import equivalent
 
-COLUMNS = ("accuracy", "first_accuracy", "trials", "va", "er", "cp", "icr", "cir", "finished", "tokens")
+COLUMNS = ("accuracy", "first_accuracy", "trials", "va", "va_right", "er", "cp", "icr", "cir", "finished", "tokens")
 
 
 def _mean(values: list) -> float | None:
@@ -46,6 +48,7 @@ def summarize(trajectories: Sequence) -> dict:
     """
     first, last, trials, no_answer = [], [], [], []
     checks = []  # of each verify: the verdict that would be true, None before any solve, and the verdict given
+    by_trial = {}  # number of the verify in its response -> whether it says what is true
     for trajectory in trajectories:
         solves = [action for action in trajectory.actions if action.kind == "solve"]
         assert all(solve.correct is not None for solve in solves), "judge the actions first"
@@ -53,12 +56,14 @@ def summarize(trajectories: Sequence) -> dict:
         last.append(bool(solves and solves[-1].correct))
         trials.append(len(solves))
         no_answer.append(not solves or solves[-1].answer is None)
-        truth = None
+        truth, trial = None, 0
         for action in trajectory.actions:
             if action.kind == "solve":
                 truth = "correct" if action.correct else "incorrect"
             else:
                 checks.append((truth, action.verdict))
+                trial += 1
+                by_trial.setdefault(str(trial), []).append(truth is not None and action.verdict == truth)
 
     levels = [trajectory.problem.level for trajectory in trajectories]
     by_level = {}
@@ -75,6 +80,8 @@ def summarize(trajectories: Sequence) -> dict:
         "trials": _mean(trials),
         "va": _mean([truth is not None and verdict == truth for truth, verdict in checks]),
         "er": _mean([verdict == "incorrect" for truth, verdict in checks if truth == "incorrect"]),
+        "va_right": _mean([verdict == "correct" for truth, verdict in checks if truth == "correct"]),
+        "va_by_trial": {trial: _mean(true) for trial, true in by_trial.items()},
         "cp": _mean([truth == "correct" for truth, verdict in checks if verdict == "correct" and truth]),
         "icr": _mean([end for start, end in zip(first, last) if not start]),
         "cir": _mean([not end for start, end in zip(first, last) if start]),

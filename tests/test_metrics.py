@@ -54,6 +54,8 @@ def test_summarize_by_hand():
         "trials": 8 / 5,
         "va": 4 / 7,  # of c, i, c, c, i, ?, i: all but c after -, i after +, ? after -
         "er": 2 / 4,  # after wrong solves: i, c, ?, i
+        "va_right": 2 / 3,  # after right solves: c, c, i
+        "va_by_trial": {"1": 3 / 5, "2": 1 / 2},
         "cp": 2 / 3,
         "icr": 1 / 3,
         "cir": 1 / 2,
@@ -81,7 +83,7 @@ def test_summarize_holds_two_verifies_against_the_same_solve():
 
 def test_summarize_shares_of_nothing_are_none():
     metrics = summarize([])
-    assert metrics.pop("by_level") == {} and metrics.pop("responses") == 0
+    assert metrics.pop("by_level") == metrics.pop("va_by_trial") == {} and metrics.pop("responses") == 0
     assert set(metrics.values()) == {None}
     metrics = summarize([response("+")])
     assert [metrics[name] for name in ("va", "er", "cp", "icr", "no_verdict")] == [None] * 5
@@ -112,9 +114,9 @@ def test_table_lines_up_and_marks_the_undefined():
     before = summarize([response("+", level=2, ids=[1] * 12)])
     after = summarize([response("-i+c", level=2), response("-", level=4)])
     assert table({"base": before, "after SFT": after}) == "\n".join([
-        "           accuracy  first_accuracy  trials     va     er     cp   icr  cir  finished  tokens",
-        "base          100.0           100.0    1.00      –      –      –     –  0.0     100.0      12",
-        "after SFT      50.0             0.0    1.50  100.0  100.0  100.0  50.0    –     100.0       0",
+        "           accuracy  first_accuracy  trials     va  va_right     er     cp   icr  cir  finished  tokens",
+        "base          100.0           100.0    1.00      –         –      –      –     –  0.0     100.0      12",
+        "after SFT      50.0             0.0    1.50  100.0     100.0  100.0  100.0  50.0    –     100.0       0",
         "",
         "accuracy / trials       level 2     level 4",
         "base               100.0 / 1.00       – / –",
