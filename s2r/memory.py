@@ -142,23 +142,20 @@ def forward_work(c: ModelConfig, job: Job, tokens: int) -> float:
 
 
 def head_forward(c: ModelConfig, job: Job) -> float:
-    """log p without a graph: on a CPU logits and log-probabilities of one chunk, of both models for the KL; no logits on a GPU."""
+    """log p without a graph: on a CPU one chunk of logits twice, of both models for the KL; no logits on a GPU."""
     return 0 if job.gpu else 4 * min(CHUNK_ELEMENTS, job.tokens * c.vocab_size) * (4 if job.base else 2)
 
 
 def head_work(c: ModelConfig, job: Job) -> float:
-    """log p and its backward pass: never the (T, V) logits, but one slab (GPU) or a few chunks (CPU) of them.
+    """log p and its backward pass: never the (T, V) logits, but one slab of them, on a CPU three of them for the KL.
 
-    With it dh twice, and dW (V, D), which autograd copies once, from the compute dtype to fp32 or out of the slice
-    that cuts the vocabulary; where the weights are gathered, they and dW are in the compute dtype.
+    With it dh twice in the compute dtype and once in fp32, and dW (V, D), which autograd copies once more out of the
+    slice that cuts the vocabulary: in fp32, or in the compute dtype where the weights are gathered from several ranks.
     """
-    T, a, dW = job.tokens, job.itemsize, c.vocab_size * c.hidden_size
-    if job.gpu:
-        logits = min(SLAB_BYTES, T * c.vocab_size * a) + 4 * T * c.hidden_size
-        copies = a * dW
-    else:
-        logits, copies = head_forward(c, job), 4 * dW
-    return 2 * a * T * c.hidden_size + max(logits + copies, 2 * (a if job.ranks > 1 else 4) * dW)
+    T, V, D, a = job.tokens, c.vocab_size, c.hidden_size, job.itemsize
+    slab = min(SLAB_BYTES, T * V * a) if job.gpu else 4 * min(CHUNK_ELEMENTS, T * V) * (3 if job.base else 1)
+    gathered = a if job.ranks > 1 else 4
+    return 2 * a * T * D + max(slab + 4 * T * D + a * V * D, 2 * gathered * V * D)
 
 
 def update_work(c: ModelConfig, job: Job) -> float:

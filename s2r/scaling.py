@@ -81,6 +81,11 @@ def seconds(c: ModelConfig, gpus: int, checkpointing: bool) -> dict[str, float]:
     }
 
 
+def short(x: float) -> str:
+    """Two figures, or all before the point."""
+    return f"{x:.0f}" if x >= 10 else f"{x:.2g}"
+
+
 def table() -> str:
     """Markdown: RL of Qwen2.5 models on H100s, with checkpointing; what breaks first is memory, else the largest part of the step."""
     rows = [
@@ -101,10 +106,10 @@ def table() -> str:
             else:
                 breaks = "traffic" if largest == t["traffic"] else "arithmetic"
             host = min(gpus, NODE) * on_host(c, job)
-            parts = " / ".join(f"{t[part]:.2g}" for part in ("rollout", "score", "update"))
+            parts = " / ".join(short(t[part]) for part in ("rollout", "score", "update"))
             rows.append(
                 f"| {name} | {gpus} | {most / GB:.0f} ({phase}) | {host / GB:.0f} | {t['bytes'] / GB:.0f} GB | {parts} s | "
-                f"{t['traffic']:.2g} s | {breaks} |"
+                f"{short(t['traffic'])} s | {breaks} |"
             )
     return "\n".join(rows)
 
