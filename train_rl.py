@@ -92,7 +92,8 @@ def main(cfg: Config) -> None:
     for network in (model, reference):
         ranks.shard(network)
     answers = [t.prompt_ids + t.ids for t in recorded]
-    print(memory.report(model.config, memory.job_of(cfg, model, ranks, sequences=answers, prompts=prompts)))
+    if ranks.rank == 0:
+        print(memory.report(model.config, memory.job_of(cfg, model, ranks, sequences=answers, prompts=prompts)))
     sampling = {"max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed, "slots": cfg.slots}
 
     run = runtime.Run(cfg, ranks)

@@ -71,7 +71,8 @@ def main(cfg: Config) -> None:
     per_epoch = math.ceil(len(sequences) / cfg.batch_size)
     steps = cfg.epochs * per_epoch
     print(f"{len(sequences)} of {len(examples)} examples within {cfg.max_length} tokens, {steps} steps")
-    print(memory.report(model.config, memory.job_of(cfg, model, ranks, sequences=sequences)))
+    if ranks.rank == 0:
+        print(memory.report(model.config, memory.job_of(cfg, model, ranks, sequences=sequences)))
 
     run = runtime.Run(cfg, ranks)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=True)
