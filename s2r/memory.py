@@ -124,18 +124,18 @@ def saved_by_block(c: ModelConfig, job: Job) -> float:
 def activations(c: ModelConfig, job: Job) -> float:
     """All blocks' share; with checkpointing the input of each block and, in the backward pass, one block's share.
 
-    To that come cos and sin, the last norm, and the hidden states that the scored tokens are predicted from: of the
-    reference too in SFT.
+    To that come cos and sin, the last norm, the hidden states that the scored tokens are predicted from, of the reference
+    too in SFT, and 48 bytes a token: its id, target and place, and six sums of the head.
     """
     a, D, saved = job.itemsize, c.hidden_size, saved_by_block(c, job)
     blocks = c.num_layers * a * D + saved if job.checkpointing else c.num_layers * saved
     norm = a * D if job.gpu else 8 * D
     hidden = a * D * (2 if job.base else 1)
-    return job.tokens * (blocks + norm + hidden + 2 * a * c.head_dim)
+    return job.tokens * (blocks + norm + hidden + 2 * a * c.head_dim + 48)
 
 
 def forward_work(c: ModelConfig, job: Job, tokens: int) -> float:
-    """One block without a graph: the residual stream, and gate, up, silu(gate), their product; or the attention's arrays."""
+    """One block without a graph: the residual stream, and gate, up, silu(gate) and their product, or the attention's."""
     E, H, G = c.head_dim, c.num_heads, c.num_kv_heads
     attention = (2 * H + 3 * G if job.gpu else 6 * H + 2 * G) * E
     return job.itemsize * tokens * (c.hidden_size + max(4 * c.intermediate_size, attention))

@@ -87,7 +87,7 @@ def short(x: float) -> str:
 
 
 def table() -> str:
-    """Markdown: RL of Qwen2.5 models on H100s, with checkpointing; what breaks first is memory, else the largest part of the step."""
+    """Markdown: RL of Qwen2.5 models on H100s. What breaks first is memory, else the largest part of the step."""
     rows = [
         "| model | GPUs | GB a GPU (phase) | host GB a node | sent a GPU and step | rollout / score / update | traffic | breaks first |",
         "|---|---|---|---|---|---|---|---|",
