@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from s2r import rl, runtime, toy
+from s2r import memory, rl, runtime, toy
 from s2r.data import Problem, load_problems
 from s2r.metrics import summarize, table
 from s2r.model import Transformer
@@ -82,7 +82,7 @@ def main(cfg: Config) -> None:
     device, dtype = runtime.pick(cfg.device, cfg.dtype)
     model, tokenizer = runtime.load(cfg.model, device, dtype, train=True)
     model.checkpointing = cfg.checkpointing
-    encode_prompts(problems + held_out, tokenizer, model.config.max_positions)  # better an error now than at their turn
+    prompts = encode_prompts(problems + held_out, tokenizer, model.config.max_positions)  # an error now, not at their turn
     recorded, recorded_credits = recall(cfg, tokenizer) if cfg.offline else ([], [])
     reference = runtime.load(cfg.model, device, dtype)[0]  # π_ref, fixed
     ranks = Ranks(device)
@@ -91,6 +91,9 @@ def main(cfg: Config) -> None:
     sampler = model if alone else Transformer(model.config, dtype, device)
     for network in (model, reference):
         ranks.shard(network)
+    answers = [t.prompt_ids + t.ids for t in recorded]
+    if ranks.rank == 0:
+        print(memory.report(model.config, memory.job_of(cfg, model, ranks, sequences=answers, prompts=prompts)))
     sampling = {"max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed, "slots": cfg.slots}
 
     run = runtime.Run(cfg, ranks)

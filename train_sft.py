@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 
 from kernels.logprob import token_logp, token_logp_kl
-from s2r import runtime, toy
+from s2r import memory, runtime, toy
 from s2r.data import load_trajectories
 from s2r.packing import pack, predictors, sft_targets
 from s2r.parallel import Ranks
@@ -73,6 +73,8 @@ def main(cfg: Config) -> None:
     per_epoch = math.ceil(len(sequences) / cfg.batch_size)
     steps = cfg.epochs * per_epoch
     print(f"{len(sequences)} of {len(examples)} examples within {cfg.max_length} tokens, {steps} steps")
+    if ranks.rank == 0:
+        print(memory.report(model.config, memory.job_of(cfg, model, ranks, sequences=sequences)))
 
     run = runtime.Run(cfg, ranks)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=True)
