@@ -232,15 +232,6 @@ def test_optimizer_step_is_the_same_with_its_state_offloaded(model, base):
 
 # --- signals, watchdog, memory ---
 
-@pytest.fixture
-def handlers():
-    """The signal handlers as they were, whatever a test does to them."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stop_notes_the_first_signal_and_leaves_the_second_its_effect(number, handlers):
     stop = runtime.Stop(ALONE)

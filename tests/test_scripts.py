@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import asdict
@@ -273,6 +274,38 @@ def test_resume_may_make_an_rl_run_longer(world, tmp_path):
     assert log(tmp_path / "whole") == log(tmp_path / "halves")
 
 
+def test_signal_while_sampling_gives_the_step_up(world, tmp_path, monkeypatch, capsys, handlers):
+    """The rollouts of step 3 are not waited for: step 2 is saved, main returns, and resumed it is as in one go."""
+    settings = RL | {"model": world.sft, "data": world.problems, "save_every": 99}
+    train_rl.main(train_rl.Config(out=str(tmp_path / "whole"), **settings))
+    found = []
+
+    def interrupted(*args, step, **options):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        found.append(roll_out(*args, step=step, **options))
+        return found[-1]
+
+    monkeypatch.setattr(train_rl, "roll_out", interrupted)
+    train_rl.main(train_rl.Config(out=str(tmp_path / "halves"), **settings))
+    assert [len(rollouts) for rollouts in found] == [16, 16, 0]
+    assert capsys.readouterr().out.endswith("stopped by a signal; 2 steps are done, --resume goes on from there\n")
+    assert [file.name for file in (tmp_path / "halves").glob("step-*")] == ["step-2"]
+    monkeypatch.undo()
+    train_rl.main(train_rl.Config(out=str(tmp_path / "halves"), resume=True, **settings))
+    assert same(*(torch.load(tmp_path / half / "step-4" / "state.pt") for half in ("whole", "halves")))
+    assert log(tmp_path / "whole") == log(tmp_path / "halves")
+
+
+@pytest.mark.parametrize(("name", "length"), [("train_sft", {"epochs": 1}), ("train_rl", {"steps": 1})])
+def test_resume_of_a_run_that_is_done_says_so(name, length, started, tmp_path, capsys, handlers):
+    started(name, **length)
+    before = digest(tmp_path)
+    capsys.readouterr()
+    started(name, resume=True, **length)
+    assert capsys.readouterr().out.splitlines()[-1].endswith("nothing to do") and digest(tmp_path) == before
+
+
 # --- bad input ---
 
 @pytest.fixture
@@ -449,6 +482,11 @@ def test_gradient_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(start
         started("train_rl")
     error = capsys.readouterr().err.splitlines()[-1]
     assert exit.value.code == 2 and error.startswith("error: step 3, problems ['sum/") and "norm is nan" in error
+    (file,) = (tmp_path / "out").glob("batch-*")
+    assert f"the batch is saved in {file}" in error
+    parts = torch.load(file, weights_only=True)
+    assert {"advantage", "span", "logp_old", "logp_sampled"} <= set(parts[0])
+    assert all(part["logp_old"].isfinite().all() and len(part["pack"]["ids"]) > len(part["logp_old"]) for part in parts)
     state = torch.load(tmp_path / "out" / "step-2" / "state.pt")
     assert state["step"] == 2 and all(x.isfinite().all() for x in state["model"].values())
     started("train_rl", resume=True)  # the poison was one micro-batch
