@@ -84,14 +84,13 @@ def main(cfg: Config) -> None:
     ranks = Ranks(device)
     model, tokenizer = runtime.load(cfg.model, ranks.loads_on, dtype, train=True)
     model.checkpointing = cfg.checkpointing
+    ranks.shard(model)
     encode_prompts(problems + held_out, tokenizer, model.config.max_positions)  # better an error now than at their turn
     recorded, recorded_credits = recall(cfg, tokenizer) if cfg.offline else ([], [])
-    reference = runtime.load(cfg.model, ranks.loads_on, dtype)[0]  # π_ref, fixed
+    reference = ranks.shard(runtime.load(cfg.model, ranks.loads_on, dtype)[0])  # π_ref, fixed
     # Where the weights are fp32 and the compute is not, or spread over ranks, the sampler has a copy in the compute dtype.
     alone = ranks.size == 1 and model.embed.dtype == dtype
     sampler = model if alone else Transformer(model.config, dtype, device)
-    for network in (model, reference):
-        ranks.shard(network)
     stop, watchdog = runtime.Stop(ranks), runtime.Watchdog()
     sampling = {"max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed, "slots": cfg.slots, "stop": stop.asked}
 

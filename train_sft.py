@@ -57,9 +57,8 @@ def main(cfg: Config) -> None:
     ranks = Ranks(device)
     model, tokenizer = runtime.load(cfg.model, ranks.loads_on, dtype, train=True)
     model.checkpointing = cfg.checkpointing
-    base = runtime.load(cfg.model, ranks.loads_on, dtype)[0] if cfg.kl else None  # π_base, fixed
-    for network in filter(None, (model, base)):
-        ranks.shard(network)
+    ranks.shard(model)
+    base = ranks.shard(runtime.load(cfg.model, ranks.loads_on, dtype)[0]) if cfg.kl else None  # π_base, fixed
 
     sequences, scored = [], []  # token ids of each example; positions in it that have a loss, δ = 1 in (1)
     for example in examples:
