@@ -36,9 +36,8 @@ from s2r.model import Transformer
 from s2r.parallel import Ranks
 
 STATE = "state.pt"
-TOKENIZER = re.compile(
-    r"(tokenizer.*|vocab.*|merges\.txt|chat_template.*|generation_config\.json|special_tokens.*)$"
-)  # what of the base folder goes along with the weights
+# What of the base folder goes along with the weights.
+TOKENIZER = re.compile(r"(tokenizer.*|vocab.*|merges\.txt|chat_template.*|generation_config\.json|special_tokens.*)$")
 # What a resumed run may change: length, memory, place and printing, none of which changes what a step learns.
 FREE = {"steps", "save_every", "keep", "show_every", "eval_data", "eval_every"}
 FREE |= {"tokens_per_microbatch", "slots", "checkpointing", "offload", "device"}
