@@ -63,11 +63,11 @@ def main(steps: int) -> int:
             print((folder / "output").read_text()[-3000:])
             return 1
         rows = [json.loads(line)["step"] for line in log.read_text().splitlines()]
-        print(f"{len(rows)} rows in {time.perf_counter() - start:.0f} s, complete: {rows == list(range(1, steps + 1))}")
         good = rows == list(range(1, steps + 1))
+        print(f"{len(rows)} rows in {time.perf_counter() - start:.0f} s, complete: {good}")
         for pid in sorted({pid for held in seen.values() for pid in held}):
             (memory, files), (memory_then, files_then) = (
-                (statistics.median(m for m, _ in held), max(f for _, f in held))
+                (statistics.median(m for m, _ in held), min(f for _, f in held))  # a row or a checkpoint is being written
                 for held in ([x for step in span for x in seen.get(step, {}).get(pid, [])]
                              for span in (range(50, 61), range(steps - 10, steps)))
             )

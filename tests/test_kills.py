@@ -1,4 +1,4 @@
-"""Runs that are killed: at any moment, by kill -9, and resumed; asked to stop by a signal; one rank of two lost.
+"""Runs that end early: killed at any moment and resumed, asked to stop by a signal, with one rank of two lost or at NaN.
 
     python -m pytest tests/test_kills.py                  a few moments
     python -m pytest tests/test_kills.py --kills 20       twenty for each script and number of processes
@@ -89,7 +89,7 @@ def await_rows(out: Path, count: int, started: list) -> None:
     while any(one.is_alive() for one in started):
         if count == 0 or (out / "log.jsonl").exists() and (out / "log.jsonl").read_text().count("\n") >= count:
             return
-        time.sleep(0.002)
+        time.sleep(0.005)
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +151,15 @@ def test_signal_to_one_process_ends_all_at_the_same_step(name, ranks, folder, wh
     assert checkpoint.name == f"step-{len(log(out))}"
     assert finish(launch(name, ranks, folder, out, save_every=99, resume=True)) == [0] * ranks
     assert same_run(out, whole(name, ranks))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_offload_changes_no_number_and_can_be_given_up(ranks, folder, whole, tmp_path):
+    """Two steps with the optimizer's state offloaded, two more after resuming, two without."""
+    out = tmp_path / "out"
+    for change in ({"steps": 2, "offload": True}, {"steps": 4, "offload": True, "resume": True}, {"resume": True}):
+        assert finish(launch("rl", ranks, folder, out, **change)) == [0] * ranks
+    assert same_run(out, whole("rl", ranks))
 
 
 def test_rank_that_is_lost_ends_the_other(folder, tmp_path):
