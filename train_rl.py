@@ -55,8 +55,10 @@ class Config:
     eval_every: int = 0  # steps between evaluations, 0: none
     show_every: int = 10  # steps between rollouts printed in full, 0: none
     save_every: int = 50  # steps between checkpoints; there is always one at the end
+    keep: int = 2  # checkpoints to keep, the newest
     resume: bool = False  # go on with the run in --out
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    offload: bool = False  # keep the optimizer's state in CPU memory: 8 bytes per parameter less on the GPU, slower
     slots: int = 128  # rollouts sampled at a time; fewer take less memory
     tokens_per_microbatch: int = 8192  # tokens run through the model at a time; changes memory, not the gradient
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU
@@ -64,9 +66,8 @@ class Config:
 
 
 def main(cfg: Config) -> None:
-    runtime.positive(
-        cfg, "problems", "rollouts", "updates", "temperature", "steps", "max_new_tokens", "save_every", "slots"
-    )
+    runtime.positive(cfg, "problems", "rollouts", "updates", "temperature", "steps", "max_new_tokens", "slots")
+    runtime.positive(cfg, "save_every", "keep")
     if bool(cfg.eval_data) != (cfg.eval_every > 0):
         raise ValueError("--eval-data and --eval-every go together; give both or neither")
     cfg = replace(cfg, out=cfg.out or f"{toy.RUNS}/rl-{cfg.level}")
@@ -80,29 +81,32 @@ def main(cfg: Config) -> None:
     if cfg.updates > cfg.problems * cfg.rollouts:
         raise ValueError(f"--updates {cfg.updates}: a step has only {cfg.problems * cfg.rollouts} rollouts")
     device, dtype = runtime.pick(cfg.device, cfg.dtype)
-    model, tokenizer = runtime.load(cfg.model, device, dtype, train=True)
+    ranks = Ranks(device)
+    model, tokenizer = runtime.load(cfg.model, ranks.loads_on, dtype, train=True)
     model.checkpointing = cfg.checkpointing
+    ranks.shard(model)
     prompts = encode_prompts(problems + held_out, tokenizer, model.config.max_positions)  # an error now, not at their turn
     recorded, recorded_credits = recall(cfg, tokenizer) if cfg.offline else ([], [])
-    reference = runtime.load(cfg.model, device, dtype)[0]  # π_ref, fixed
-    ranks = Ranks(device)
+    reference = ranks.shard(runtime.load(cfg.model, ranks.loads_on, dtype)[0])  # π_ref, fixed
     # Where the weights are fp32 and the compute is not, or spread over ranks, the sampler has a copy in the compute dtype.
     alone = ranks.size == 1 and model.embed.dtype == dtype
     sampler = model if alone else Transformer(model.config, dtype, device)
-    for network in (model, reference):
-        ranks.shard(network)
     answers = [t.prompt_ids + t.ids for t in recorded]
     if ranks.rank == 0:
         print(memory.report(model.config, memory.job_of(cfg, model, ranks, sequences=answers, prompts=prompts)))
-    sampling = {"max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed, "slots": cfg.slots}
+    stop, watchdog = runtime.Stop(ranks), runtime.Watchdog()
+    sampling = {"max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed, "slots": cfg.slots, "stop": stop.asked}
 
-    run = runtime.Run(cfg, ranks)
+    run = runtime.Run(cfg, ranks, cfg.offline or cfg.data)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=True)
     done = run.restore(model, optimizer) if cfg.resume else 0
+    if done >= cfg.steps and run.first:
+        print(f"{cfg.out}: {done} steps are done, and --steps asks for {cfg.steps}; nothing to do")
     # What one pass goes through, and how much of it a step takes.
     items, share = (recorded, cfg.problems * cfg.rollouts) if cfg.offline else (problems, cfg.problems)
     per_epoch = len(items) // share
     for step in range(done + 1, cfg.steps + 1):
+        watchdog.begin(step)
         clock = runtime.Clock()
 
         # 1. Sample M responses to each of N problems from the current policy, and judge them; or recall some.
@@ -117,6 +121,9 @@ def main(cfg: Config) -> None:
             trajectories = roll_out_shares(
                 ranks, sampler, tokenizer, batch, n=cfg.rollouts, temperature=cfg.temperature, step=step, **sampling
             )
+        if stop.agreed():  # then the rollouts are not all there, and the step is given up
+            run.stop(model, optimizer, step - 1)
+            break
         clock.lap("rollout")
 
         # 2. Give each span its reward and baseline: the whole trajectory, or each of its actions.
@@ -135,15 +142,21 @@ def main(cfg: Config) -> None:
 
         # 4. Policy gradient: one optimizer step per update, its loss the sum over its micro-batches.
         ratios, norms = [], []
+        what = f"problems {list(dict.fromkeys(t.problem.unique_id for t in trajectories))}"
         for work in updates:
+            total = torch.zeros((), device=device)
             for m in work:
                 logp, _ = policy_logp(model, m.pack, cfg.temperature)
                 loss, ratio = rl.policy_loss(logp, m.logp_old, m.span, m.advantage, m.weight, epsilon=cfg.epsilon)
                 (loss * ranks.size).backward()  # the ranks' gradients are averaged, and we want their sum
                 ratios.append(ratio)
+                total += loss.detach()
             lr = cfg.lr * min(1.0, step / cfg.warmup) if cfg.warmup else cfg.lr
-            what = f"step {step}, problems {list(dict.fromkeys(t.problem.unique_id for t in trajectories))}"
-            norms.append(runtime.optimizer_step(model, optimizer, lr=lr, clip=cfg.max_grad_norm, what=what))
+            clip, loss = cfg.max_grad_norm, total.item()
+            norm = runtime.optimizer_step(
+                model, optimizer, run, step=step, lr=lr, clip=clip, loss=loss, what=what, batch=work
+            )
+            norms.append(norm)
         clock.lap("update")
 
         # 5. Log, show, evaluate, save.
@@ -154,16 +167,20 @@ def main(cfg: Config) -> None:
             | {"grad_norm": sum(norms) / len(norms), "lr": lr}
             | clock.parts
         )
+        watchdog.end()
         if cfg.show_every and step % cfg.show_every == 0 and run.first:
             print(show(trajectories[0], colour=sys.stdout.isatty()), end="\n\n")
         if cfg.eval_every and step % cfg.eval_every == 0:
             if sampler is not model:
                 sampler.copy_from(model)
             greedy = roll_out_shares(ranks, sampler, tokenizer, held_out, n=1, temperature=0.0, **sampling)
-            if run.first:
+            if not stop.agreed() and run.first:
                 print(table({f"step {step}, {cfg.eval_data}": summarize(greedy)}))
         if step % cfg.save_every == 0 or step == cfg.steps:
             run.save(model, optimizer, step)
+        if stop.agreed():
+            run.stop(model, optimizer, step)
+            break
 
 
 def recall(cfg: Config, tokenizer: Tokenizer) -> tuple[list[Trajectory], list[rl.Credit]]:

@@ -41,24 +41,25 @@ class Config:
     max_grad_norm: float = 1.0  # gradient norm is clipped to this (paper: 1)
     seed: int = 0  # of the order of the data
     save_every: int = 200  # steps between checkpoints; there is always one at the end
+    keep: int = 2  # checkpoints to keep, the newest
     resume: bool = False  # go on with the run in --out
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    offload: bool = False  # keep the optimizer's state in CPU memory: 8 bytes per parameter less on the GPU, slower
     tokens_per_microbatch: int = 8192  # tokens run through the model at a time; changes memory, not the gradient
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
 
 
 def main(cfg: Config) -> None:
-    runtime.positive(cfg, "epochs", "batch_size", "save_every")
+    runtime.positive(cfg, "epochs", "batch_size", "save_every", "keep")
     toy.ensure(cfg.data)
     examples = load_trajectories(cfg.data)
     device, dtype = runtime.pick(cfg.device, cfg.dtype)
-    model, tokenizer = runtime.load(cfg.model, device, dtype, train=True)
-    model.checkpointing = cfg.checkpointing
-    base = runtime.load(cfg.model, device, dtype)[0] if cfg.kl else None  # π_base, fixed
     ranks = Ranks(device)
-    for network in filter(None, (model, base)):
-        ranks.shard(network)
+    model, tokenizer = runtime.load(cfg.model, ranks.loads_on, dtype, train=True)
+    model.checkpointing = cfg.checkpointing
+    ranks.shard(model)
+    base = ranks.shard(runtime.load(cfg.model, ranks.loads_on, dtype)[0]) if cfg.kl else None  # π_base, fixed
 
     sequences, scored = [], []  # token ids of each example; positions in it that have a loss, δ = 1 in (1)
     for example in examples:
@@ -76,10 +77,14 @@ def main(cfg: Config) -> None:
     if ranks.rank == 0:
         print(memory.report(model.config, memory.job_of(cfg, model, ranks, sequences=sequences)))
 
-    run = runtime.Run(cfg, ranks)
+    run = runtime.Run(cfg, ranks, cfg.data)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=True)
     done = run.restore(model, optimizer) if cfg.resume else 0
+    if done >= steps and run.first:
+        print(f"{cfg.out}: {done} steps are done, and --epochs {cfg.epochs} asks for {steps}; nothing to do")
+    stop, watchdog = runtime.Stop(ranks), runtime.Watchdog()
     for step in range(done + 1, steps + 1):
+        watchdog.begin(step)
         start = time.perf_counter()
         epoch, at = divmod(step - 1, per_epoch)
         batch = runtime.order(len(sequences), cfg.seed, epoch)[at * cfg.batch_size :][: cfg.batch_size]
@@ -89,8 +94,9 @@ def main(cfg: Config) -> None:
         # whole batch, so that micro-batches and ranks do not change the gradient.
         tokens = sum(len(scored[i]) for i in batch)
 
-        nll = kl = 0.0
-        for p in ranks.even(packs):
+        total = nll = kl = 0.0
+        packs = ranks.even(packs)
+        for p in packs:
             hidden = predictors(model, p)  # (K, D)
             if base is None:
                 logp, _ = token_logp(hidden, model.head_weight, p.targets)
@@ -102,18 +108,25 @@ def main(cfg: Config) -> None:
                 loss = (-logp + cfg.kl * divergence).sum() / tokens
                 kl += divergence.sum().item() / tokens
             (loss * ranks.size).backward()  # the ranks' gradients are averaged, and we want their sum
+            total += loss.item()
             nll -= logp.sum().item() / tokens
         lr = cfg.lr * min(1.0, step / cfg.warmup) if cfg.warmup else cfg.lr
-        what = f"step {step}, examples {batch}"
-        norm = runtime.optimizer_step(model, optimizer, lr=lr, clip=cfg.max_grad_norm, what=what)
+        clip, what = cfg.max_grad_norm, f"examples {batch}"
+        norm = runtime.optimizer_step(
+            model, optimizer, run, step=step, lr=lr, clip=clip, loss=total, what=what, batch=packs
+        )
 
         nll, kl = ranks.sum([nll, kl])
         seconds = time.perf_counter() - start
         read = sum(len(sequences[i]) for i in batch)
         row = {"step": step, "epoch": epoch, "nll": nll, "kl": kl, "grad_norm": norm, "lr": lr, "tokens": read}
         run.log(row | {"tokens_per_second": read / seconds})
+        watchdog.end()
         if step % cfg.save_every == 0 or step == steps:
             run.save(model, optimizer, step)
+        if stop.agreed():
+            run.stop(model, optimizer, step)
+            break
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ moves into the hole, so the rows at work are always slots 0 … S−1. A rollout
 
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,12 +47,14 @@ def generate(
     slots: int = 128,
     prefill_tokens: int = 16_384,
     progress: bool = True,
+    stop: Callable[[], bool] = lambda: False,
 ) -> list[Rollout]:
     """Sample n responses to each prompt, from the whole distribution softmax(logits / temperature); 0 takes the argmax.
 
     `streams` names the random stream of each prompt (default: its index), so that a share of the prompts, on another
     rank say, draws what the whole would. `slots` rows are decoded at a time, `prefill_tokens` tokens of prompts run
-    through the model at a time: both change memory and speed alone.
+    through the model at a time: both change memory and speed alone. When `stop` says so, only the rollouts that are
+    complete come back.
     Returns the rollouts in order: prompt 0 sample 0, prompt 0 sample 1, … Raises ValueError for an empty prompt or one
     that leaves no room in the model's context, and for settings that make no sense.
     """
@@ -82,7 +84,7 @@ def generate(
             rows.start(free[: len(jobs)], jobs, streams)
             for slot in reversed(free[len(jobs) :]):  # nothing waits: close the hole
                 rows.close(slot)
-            if not rows.jobs:
+            if not rows.jobs or stop():
                 return [rollouts[key] for key in sorted(rollouts)]
             free = rows.step()
             for slot in free:

@@ -11,6 +11,7 @@ samples from a whole copy of its own, so nothing has to be exchanged inside deco
 
 import os
 from collections.abc import Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -26,10 +27,14 @@ class Ranks:
     def __init__(self, device: torch.device):
         self.rank, self.size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self.device = device
+        # A model that is going to be spread need not fit on one GPU: `shard` brings it there block by block.
+        self.loads_on = device if self.size == 1 else torch.device("cpu")
         if self.size > 1 and not dist.is_initialized():
             if device.type == "cuda":
                 torch.cuda.set_device(device)
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            # Ranks wait for the one with the longest rollouts, and for the first while it saves. That one of them is
+            # dead is for torchrun to notice, which ends the others, and not for this.
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
 
     def shard(self, model: Transformer) -> Transformer:
         """The same model, its parameters spread over the ranks: gathered block by block when it runs forward."""

@@ -1,21 +1,18 @@
-"""What the three scripts share around their loops: flags, device, model folder, run folder, checkpoints, errors.
+"""What the three scripts share around their loops: flags, errors, device, model folder, signals, the optimizer's step.
 
-A run folder is a Hugging Face model folder with three files more:
-
-    run.json      the settings            log.jsonl    one row per step
-    state.pt      everything that --resume needs: fp32 weights, optimizer, step
-
-A checkpoint is written under temporary names and then renamed, so a crash or a full disk leaves the one before it.
+Called by the scripts. The folder that a training run writes is in `s2r/checkpoint.py`.
 """
 
 import argparse
 import dataclasses
 import inspect
-import json
+import math
 import os
 import re
-import shutil
+import signal
+import statistics
 import sys
+import threading
 import time
 import traceback
 import typing
@@ -24,24 +21,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.tensor import DTensor
 
 from s2r import toy
+from s2r.checkpoint import Run, move
 from s2r.model import Transformer
 from s2r.parallel import Ranks
 from s2r.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-STATE = "state.pt"
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # as if there were one process, whatever their number
 
 
 def parse(config: type, argv: list[str] | None = None):
@@ -68,7 +56,7 @@ def parse(config: type, argv: list[str] | None = None):
 
 
 def start(main: Callable, config: type) -> None:
-    """Run a script's `main` on its flags, as `command` does."""
+    """Run a script's `main` on its flags, as `command` does. Out of memory is one line too, with the flags to turn."""
 
     def run() -> None:
         main(parse(config))
@@ -76,7 +64,17 @@ def start(main: Callable, config: type) -> None:
             dist.barrier()  # the first rank may still be writing
             dist.destroy_process_group()
 
-    command(run)
+    try:
+        command(run)
+    except (MemoryError, RuntimeError) as error:
+        said = str(error).partition("\n")[0]
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in said:
+            raise
+        flags = {field.name for field in dataclasses.fields(config)}
+        less = [f"a lower --{name.replace('_', '-')}" for name in ("tokens_per_microbatch", "slots") if name in flags]
+        more = [f"--{name}" for name in ("checkpointing", "offload") if name in flags]
+        print(f"error: out of memory ({said}); what takes less: {', '.join(less + more)}", file=sys.stderr)
+        sys.exit(2)
 
 
 def command(main: Callable[[], None]) -> None:
@@ -151,117 +149,98 @@ class Clock:
         self.parts[f"seconds_{name}"], self.at = now - self.at, now
 
 
-class Run:
-    """A run folder, from its settings to its last checkpoint. Only the first rank writes."""
-
-    def __init__(self, cfg, ranks: Ranks):
-        """Make `cfg.out`, or take up the run in it with `cfg.resume`.
-
-        Raises FileExistsError when it holds a run already, FileNotFoundError when there is none to resume, and
-        ValueError when the run to resume had other settings.
-        """
-        self.folder, self.base, self.first = Path(cfg.out), Path(cfg.model), ranks.rank == 0
-        if not self.first:
-            return
-        settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k != "resume"}
-        file = self.folder / "run.json"
-        if cfg.resume:
-            if not (self.folder / STATE).is_file():
-                raise FileNotFoundError(f"{self.folder}: nothing to resume here; start without --resume")
-            for name, before in json.loads(file.read_text()).items():
-                if name != "steps" and settings.get(name) != before:  # a run may be made longer
-                    raise ValueError(
-                        f"{file}: --{name.replace('_', '-')} was {before!r}, now {settings.get(name)!r}; "
-                        "resume with the same settings or take another --out"
-                    )
-        elif file.exists():
-            saved = (self.folder / STATE).is_file()
-            advice = "--resume this one" if saved else "delete this one, which stopped before its first checkpoint"
-            raise FileExistsError(f"{self.folder} holds a run already; take another --out, or {advice}")
-        elif (self.folder / "config.json").exists():
-            raise FileExistsError(f"{self.folder} holds a model, which the run would write over; take another --out")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        _write(file, json.dumps(settings, indent=2) + "\n")
-
-    def log(self, row: dict) -> None:
-        """One step: a row of log.jsonl and a line on the screen."""
-        if not self.first:
-            return
-        with (self.folder / "log.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
-
-    def save(self, model: Transformer, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """Checkpoint after `step` steps. Raises OSError when it cannot be written; the one before is then untouched."""
-        state = {  # all ranks take part in gathering it; the first has it whole
-            "step": step,
-            "model": get_model_state_dict(model, options=WHOLE),
-            "optimizer": get_optimizer_state_dict(model, optimizer, options=WHOLE),
-        }
-        if not self.first:
-            return
-        if any(isinstance(p, DTensor) for p in model.parameters()):
-            whole = Transformer(model.config, model.dtype)
-            whole.load_state_dict(state["model"])
-            model = whole
-        scratch = self.folder / "saving.tmp"
-        try:
-            shutil.rmtree(scratch, ignore_errors=True)
-            model.save_pretrained(scratch)
-            for file in self.base.iterdir():
-                if re.match(
-                    r"(tokenizer.*|vocab.*|merges\.txt|chat_template.*|generation_config\.json|special_tokens.*)$",
-                    file.name,
-                ):
-                    shutil.copyfile(file, scratch / file.name)
-            torch.save(state, scratch / STATE)
-            for file in sorted(scratch.iterdir(), key=lambda file: file.name == STATE):  # the state last
-                os.replace(file, self.folder / file.name)
-            scratch.rmdir()
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors on a full disk
-            shutil.rmtree(scratch, ignore_errors=True)
-            raise OSError(
-                f"{self.folder}: could not save step {step} ({error}); the checkpoint before it is whole"
-            ) from error
-
-    def restore(self, model: Transformer, optimizer: torch.optim.Optimizer) -> int:
-        """Load state.pt into model and optimizer, cut the log to its step, and return the number of steps done."""
-        state = torch.load(self.folder / STATE, map_location="cpu", weights_only=True)
-        set_model_state_dict(model, state["model"], options=WHOLE)
-        set_optimizer_state_dict(model, optimizer, state["optimizer"], options=WHOLE)
-        log = self.folder / "log.jsonl"
-        if self.first:
-            rows = log.read_text().splitlines(keepends=True) if log.exists() else []
-            _write(log, "".join(rows[: state["step"]]))  # a row per step; the last one may be torn
-        return state["step"]
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file by way of a temporary one, so that a full disk leaves the one before."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def order(items: int, seed: int, epoch: int) -> list[int]:
     """A random order of range(items), a function of (seed, epoch) alone: what --resume relies on."""
     return torch.randperm(items, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
 
 
-def optimizer_step(model: Transformer, optimizer: torch.optim.Optimizer, *, lr: float, clip: float, what: str) -> float:
+class Stop:
+    """SIGTERM or SIGINT asks a training run to end its step, save and exit. Alone, a second one ends it at once."""
+
+    def __init__(self, ranks: Ranks):
+        self.ranks, self.signalled = ranks, False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame) -> None:
+        self.signalled = True
+        if self.ranks.size == 1:  # torchrun hands on one Ctrl-C several times
+            signal.signal(number, signal.SIG_DFL)
+
+    def asked(self) -> bool:
+        """Has this rank been asked to stop?"""
+        return self.signalled
+
+    def agreed(self) -> bool:
+        """Has any rank? All ranks call this at the same place, and hear the same."""
+        return self.ranks.sum([float(self.signalled)])[0] > 0
+
+
+class Watchdog:
+    """Says on stderr that a step is taking much longer than those before it, while it does."""
+
+    def __init__(self, factor: float = 10.0):
+        self.factor, self.seconds, self.timer = factor, [], None
+
+    def begin(self, step: int) -> None:
+        """A step starts."""
+        self.start = time.perf_counter()
+        if len(self.seconds) >= 5:  # enough for a median to mean something
+            usual = statistics.median(self.seconds)
+            line = f"watchdog: step {step} takes more than {self.factor:g} times the median of {usual:.3g} s"
+            self.timer = threading.Timer(self.factor * usual, print, [line], {"file": sys.stderr, "flush": True})
+            self.timer.daemon = True
+            self.timer.start()
+
+    def end(self) -> None:
+        """It is over."""
+        self.seconds.append(time.perf_counter() - self.start)
+        if self.timer:
+            self.timer.cancel()
+
+
+def optimizer_step(
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    run: Run,
+    *,
+    step: int,
+    lr: float,
+    clip: float,
+    loss: float,
+    what: str,
+    batch: list,
+) -> float:
     """Clip the gradient to norm `clip`, take one step at `lr`, zero the gradient; the norm before clipping.
 
-    Raises ValueError, with `what` the batch was, when the gradient is not finite; the weights are then untouched.
+    Raises ValueError, on all ranks, when the loss of any rank or the gradient is not finite; the weights are then
+    untouched, and the message says `what` the batch was and where the micro-batches in `batch` are saved.
     """
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()  # over the parameters of all ranks
-    if not norm < float("inf"):
-        raise ValueError(f"{what}: the gradient's norm is {norm}; the last checkpoint is kept. A lower --lr may help")
+    (loss,) = run.ranks.sum([loss])
+    if not math.isfinite(norm) or not math.isfinite(loss):
+        raise ValueError(
+            f"step {step}, {what}: the loss is {loss}, the gradient's norm is {norm}; {run.keep_batch(step, batch)}, "
+            "the last checkpoint is kept. A lower --lr may help"
+        )
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.step()
+    if run.offload:
+        _step_offloaded(optimizer)
+    else:
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+def _step_offloaded(optimizer: torch.optim.Optimizer) -> None:
+    """The optimizer's step, its state kept in CPU memory and brought to the parameters' device for one at a time."""
+    pairs = [(p, p.grad) for group in optimizer.param_groups for p in group["params"]]
+    optimizer.zero_grad(set_to_none=True)
+    for p, gradient in pairs:  # the optimizer passes over parameters without gradient
+        p.grad = gradient
+        move(optimizer.state[p], p.device)
+        optimizer.step()
+        move(optimizer.state[p], "cpu")
+        p.grad = None

@@ -212,6 +212,15 @@ def test_continuous_batching_with_two_slots_and_seven_jobs():
         same(found, wanted)
 
 
+def test_stop_ends_sampling_with_the_rollouts_that_are_complete():
+    answers = iter([False] * 6 + [True])
+    found = run(stop=lambda: next(answers))  # a look per step, so six tokens at most
+    assert 0 < len(found) < len(base()) and all(len(r.ids) <= 6 for r in found)
+    for rollout in found:
+        same(rollout, base()[rollout.prompt, rollout.sample])
+    assert run(stop=lambda: True) == []
+
+
 def test_results_come_in_the_order_of_prompts_and_samples():
     for slots in (2, 128):
         assert [(r.prompt, r.sample) for r in run(slots=slots)] == [(i, j) for i in range(7) for j in range(3)]

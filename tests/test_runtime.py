@@ -1,4 +1,4 @@
-"""Flags, run folders, checkpoints and errors: what the three scripts share around their loops."""
+"""Flags, errors, signals, the optimizer's step: what the three scripts share around their loops."""
 
 import ast
 import dataclasses
@@ -6,10 +6,11 @@ import importlib.util
 import json
 import os
 import re
-import shutil
+import signal
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import pytest
@@ -18,10 +19,11 @@ import torch
 import sample
 import train_rl
 import train_sft
-from s2r import runtime
+from s2r import checkpoint, runtime
 from s2r.model import Transformer
+from s2r.packing import pack
 from s2r.parallel import Ranks
-from tiny_model import digest, tiny_model
+from tiny_model import same, tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
 ALONE = Ranks(torch.device("cpu"))
@@ -37,6 +39,8 @@ class Config:
     lr: float = 0.5  # learning rate
     steps: int = 4  # (paper: 500)
     resume: bool = False  # go on
+    keep: int = 2  # checkpoints
+    offload: bool = False  # optimizer state on the CPU
 
 
 # --- parse ---
@@ -82,7 +86,7 @@ def test_parse_help_says_what_each_setting_is(config, capsys):
 def test_every_setting_is_read(script):
     """A flag that nothing reads does nothing in silence: each field is a `cfg.name` in the script or the runtime."""
     read = set()
-    for file in (script.__file__, runtime.__file__):
+    for file in (script.__file__, runtime.__file__, checkpoint.__file__):
         for node in ast.walk(ast.parse(Path(file).read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "cfg":
                 read.add(node.attr)
@@ -162,6 +166,10 @@ def test_load_refuses_a_tokenizer_larger_than_the_embedding(tmp_path):
 
 # --- optimizer step ---
 
+BATCH = pack([[1, 2, 3]], [[1, 2]], 9, "cpu")
+RUN = SimpleNamespace(ranks=ALONE, offload=False, keep_batch=lambda step, batch: f"{len(batch)} of step {step} saved")
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("base"))
@@ -176,10 +184,11 @@ def adam(model: Transformer) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
 
 
-def step(model: Transformer, optimizer: torch.optim.Optimizer, gradient: float = 1.0) -> float:
+def step(model: Transformer, optimizer: torch.optim.Optimizer, gradient: float = 1.0, run=RUN, loss: float = 0.5) -> float:
     for p in model.parameters():
         p.grad = torch.full_like(p, gradient)
-    return runtime.optimizer_step(model, optimizer, lr=1e-2, clip=1.0, what="step 3, examples [5]")
+    return runtime.optimizer_step(
+        model, optimizer, run, step=3, lr=1e-2, clip=1.0, loss=loss, what="examples [5]", batch=BATCH)
 
 
 def test_optimizer_step_clips_and_uses_the_rate_it_is_given(model):
@@ -192,241 +201,97 @@ def test_optimizer_step_clips_and_uses_the_rate_it_is_given(model):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_optimizer_step_stops_at_a_gradient_that_is_not_finite(bad, model, monkeypatch, capsys):
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_optimizer_step_stops_at_what_is_not_finite(where, bad, model, monkeypatch, capsys):
     """ValueError that names the batch, exit status 2, weights and optimizer state untouched."""
     optimizer = adam(model)
     step(model, optimizer)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     moments = [state["exp_avg"].clone() for state in optimizer.state.values()]
 
-    def main(cfg):
-        for p in model.parameters():
-            p.grad = torch.zeros_like(p)
-        model.blocks[0].o.weight.grad[0, 0] = bad
-        runtime.optimizer_step(model, optimizer, lr=1e-2, clip=1.0, what="step 3, examples [5]")
-
     with pytest.raises(SystemExit) as exit:
-        start(main, monkeypatch)
+        start(lambda cfg: step(model, optimizer, **{where: bad}), monkeypatch)
     error = capsys.readouterr().err
     assert exit.value.code == 2 and error.count("\n") == 1
-    assert error.startswith("error: step 3, examples [5]: ") and "last checkpoint is kept" in error
+    assert error.startswith("error: step 3, examples [5]: the loss is ") and "last checkpoint is kept" in error
+    assert str(abs(bad)) in error and "1 of step 3 saved" in error
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
     assert all(torch.equal(state["exp_avg"], m) for state, m in zip(optimizer.state.values(), moments))
 
 
-# --- run folder ---
-
-@pytest.fixture
-def cfg(base, tmp_path) -> Config:
-    return Config(model=str(base), out=str(tmp_path / "run"))
-
-
-@pytest.fixture
-def saved(cfg, model):
-    """A run with a checkpoint at step 1, its model and optimizer one step further on."""
-    run, optimizer = runtime.Run(cfg, ALONE), adam(model)
-    step(model, optimizer)
-    run.log({"step": 1})
-    run.save(model, optimizer, 1)
-    step(model, optimizer)
-    return run, model, optimizer
-
-
-def test_run_writes_its_settings(cfg, tmp_path):
-    runtime.Run(cfg, ALONE)
-    assert json.loads((tmp_path / "run" / "run.json").read_text()) == {
-        "model": cfg.model, "out": cfg.out, "level": "outcome", "max_new_tokens": 8, "lr": 0.5, "steps": 4}
-
-
-def test_run_refuses_a_folder_that_holds_a_run(cfg, saved, tmp_path):
-    before = digest(tmp_path)
-    with pytest.raises(FileExistsError, match="run holds a run already"):
-        runtime.Run(replace(cfg, lr=0.1), ALONE)
-    assert digest(tmp_path) == before
-
-
-def test_run_resumes_with_the_same_settings_only(cfg, saved, tmp_path):
-    before = digest(tmp_path)
-    for change, said in (
-        ({"lr": 0.25}, "--lr was 0.5, now 0.25"),
-        ({"max_new_tokens": 9}, "--max-new-tokens was 8, now 9"),
-        ({"level": "process"}, "--level was 'outcome', now 'process'"),
-    ):
-        with pytest.raises(ValueError, match=re.escape(said)):
-            runtime.Run(replace(cfg, resume=True, **change), ALONE)
-    assert digest(tmp_path) == before
-    runtime.Run(replace(cfg, resume=True, steps=9), ALONE)  # a run may be made longer
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["steps"] == 9
-
-
-def test_run_has_nothing_to_resume(cfg, tmp_path):
-    with pytest.raises(FileNotFoundError, match="nothing to resume"):
-        runtime.Run(replace(cfg, resume=True), ALONE)
-    assert not (tmp_path / "run").exists()
-
-
-def test_run_that_stopped_before_its_first_checkpoint_does_not_ask_for_resume(cfg):
-    """There is nothing to resume, so "--resume this one" would send the user in a circle."""
-    runtime.Run(cfg, ALONE).log({"step": 1})
-    with pytest.raises(FileExistsError) as error:
-        runtime.Run(cfg, ALONE)
-    assert "--resume" not in str(error.value) and "delete" in str(error.value)
-
-
-def test_run_does_not_write_over_a_model(cfg, base):
-    """--out that is --model, or any other model folder: its weights would be lost at the first checkpoint."""
-    before = digest(base)
-    with pytest.raises(FileExistsError, match="holds a model"):
-        runtime.Run(replace(cfg, out=cfg.model), ALONE)
-    assert digest(base) == before
-
-
-def test_save_and_restore_give_back_weights_optimizer_and_step(cfg, saved, base, tmp_path):
-    run, model, optimizer = saved
-    run.log({"step": 2})
-    run.save(model, optimizer, 2)
-    assert set(digest(tmp_path / "run")) == {
-        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
-        "run.json", "log.jsonl", "state.pt"}
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        assert (tmp_path / "run" / name).read_bytes() == (base / name).read_bytes()
-
+def test_optimizer_step_is_the_same_with_its_state_offloaded(model, base):
     other = Transformer.from_pretrained(base)
-    fresh = adam(other)
-    assert runtime.Run(replace(cfg, resume=True), ALONE).restore(other, fresh) == 2
+    offloaded = SimpleNamespace(**vars(RUN) | {"offload": True})
+    optimizers = adam(model), adam(other)
+    for gradient in (1.0, -2.0, 0.5):
+        step(model, optimizers[0], gradient)
+        step(other, optimizers[1], gradient, run=offloaded)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters()))
-    step(model, optimizer)
-    step(other, fresh)
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters()))
+    assert same(*(optimizer.state_dict() for optimizer in optimizers)) and all(p.grad is None for p in other.parameters())
 
 
-def test_save_keeps_fp32_weights_beside_a_bf16_model(cfg, base, tmp_path):
-    model = Transformer.from_pretrained(base, torch.bfloat16, param_dtype=torch.float32)
-    run, optimizer = runtime.Run(cfg, ALONE), adam(model)
-    step(model, optimizer)
-    run.save(model, optimizer, 1)
-    assert Transformer.from_pretrained(cfg.out, torch.bfloat16).embed.equal(model.embed.bfloat16())
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["torch_dtype"] == "bfloat16"
-    other = Transformer.from_pretrained(base, torch.bfloat16, param_dtype=torch.float32)
-    runtime.Run(replace(cfg, resume=True), ALONE).restore(other, adam(other))
-    assert other.embed.dtype == torch.float32 and other.embed.equal(model.embed)
+# --- signals, watchdog, memory ---
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stop_notes_the_first_signal_and_leaves_the_second_its_effect(number, handlers):
+    stop = runtime.Stop(ALONE)
+    assert not stop.asked() and not stop.agreed()
+    os.kill(os.getpid(), number)
+    assert stop.asked() and stop.agreed() and signal.getsignal(number) == signal.SIG_DFL
 
 
-def refuse(count: int, error: Exception, function):
-    """`function` for `count` calls, then `error` for ever."""
-    calls = iter(range(10**6))
-
-    def wrapped(*args, **kwargs):
-        if next(calls) >= count:
-            raise error
-        return function(*args, **kwargs)
-
-    return wrapped
+def test_stop_under_torchrun_takes_any_number_of_signals(handlers):
+    stop = runtime.Stop(SimpleNamespace(size=2))
+    for _ in range(3):
+        os.kill(os.getpid(), signal.SIGINT)
+    assert stop.asked()
 
 
-FULL = OSError(28, "No space left on device")
+def test_watchdog_speaks_while_a_step_takes_long(capfd):
+    watchdog = runtime.Watchdog()
+    for number in range(1, 6):
+        watchdog.begin(number)
+        watchdog.end()
+    assert watchdog.timer is None  # nothing was watched before there was a median
+    watchdog.begin(6)
+    watchdog.timer.join()  # the step goes on until the watchdog has spoken
+    watchdog.end()
+    assert re.fullmatch(r"watchdog: step 6 takes more than 10 times the median of \S+ s\n", capfd.readouterr().err)
+    watchdog.seconds = [1e6] * 9
+    watchdog.begin(7)
+    watchdog.end()
+    watchdog.timer.join()  # called off
+    assert capfd.readouterr().err == ""
 
 
-@pytest.mark.parametrize(("where", "name", "count", "error"), [
-    (Transformer, "save_pretrained", 0, FULL),
-    (shutil, "copyfile", 0, FULL),
-    (shutil, "copyfile", 2, FULL),
-    (torch, "save", 0, FULL),
-    (torch, "save", 0, RuntimeError("unexpected pos 576 vs 534")),  # what torch says of a full disk
-    (os, "replace", 0, FULL),
+@pytest.mark.parametrize(("script", "flags"), [
+    (sample, "a lower --tokens-per-microbatch, a lower --slots\n"),
+    (train_sft, "a lower --tokens-per-microbatch, --checkpointing, --offload\n"),
+    (train_rl, "a lower --tokens-per-microbatch, a lower --slots, --checkpointing, --offload\n"),
 ])
-def test_save_that_fails_leaves_the_checkpoint_before(where, name, count, error, saved, monkeypatch, tmp_path):
-    run, model, optimizer = saved
-    before = digest(tmp_path)
-    monkeypatch.setattr(where, name, refuse(count, error, getattr(where, name)))
-    with pytest.raises(OSError, match="could not save step 2 .*checkpoint before it is whole"):
-        run.save(model, optimizer, 2)
-    assert digest(tmp_path) == before and not (tmp_path / "run" / "saving.tmp").exists()
-
-
-@pytest.mark.parametrize("size", [500, 20_000, 100_000, 300_000])
-def test_save_on_a_full_disk_leaves_the_checkpoint_before(size, saved, monkeypatch, capsys, tmp_path):
-    """The operating system itself refuses, here files above a size: config, tokenizer, weights or state do not fit."""
-    resource = pytest.importorskip("resource")
-    run, model, optimizer = saved
-    before = digest(tmp_path)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+@pytest.mark.parametrize("how", ["gpu", "torch", "python"])
+def test_out_of_memory_names_the_flags_that_help(how, script, flags, monkeypatch, capsys):
+    """What a GPU says is made up here; the CPU really has no petabyte to give."""
 
     def main(cfg):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-        try:
-            run.save(model, optimizer, 2)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        if how == "gpu":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has …")
+        torch.empty(10**15) if how == "torch" else bytearray(10**18)
 
+    monkeypatch.setattr(sys, "argv", ["script.py"])
     with pytest.raises(SystemExit) as exit:
-        start(main, monkeypatch)
+        runtime.start(main, script.Config)
     error = capsys.readouterr().err
-    assert exit.value.code == 2 and error.count("\n") == 1 and "could not save step 2" in error
-    assert digest(tmp_path) == before and not (tmp_path / "run" / "saving.tmp").exists()
-    run.save(model, optimizer, 2)  # and with room again it saves
-    assert torch.load(tmp_path / "run" / "state.pt")["step"] == 2
+    assert exit.value.code == 2 and error.startswith("error: out of memory (") and error.endswith(flags)
+    assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("count", range(6))
-def test_save_that_stops_between_renames_can_be_resumed(count, cfg, saved, base, monkeypatch, tmp_path):
-    """The state is renamed last, so it is of the checkpoint before; the model is one of the two, never in between."""
-    run, model, optimizer = saved
-    old = torch.load(tmp_path / "run" / "state.pt")["model"]["embed"]
-    monkeypatch.setattr(os, "replace", refuse(count, FULL, os.replace))
-    with pytest.raises(OSError, match="could not save"):
-        run.save(model, optimizer, 2)
-    monkeypatch.undo()
-    assert not (tmp_path / "run" / "saving.tmp").exists()
-    assert any(Transformer.from_pretrained(cfg.out).embed.equal(x) for x in (old, model.embed))
-    other = Transformer.from_pretrained(base)
-    assert runtime.Run(replace(cfg, resume=True), ALONE).restore(other, adam(other)) == 1 and other.embed.equal(old)
+def test_start_leaves_another_runtime_error_its_traceback(monkeypatch):
+    def main(cfg):
+        raise RuntimeError("Connection closed by peer")
 
-
-def test_save_clears_what_a_killed_one_left(saved, tmp_path):
-    run, model, optimizer = saved
-    (tmp_path / "run" / "saving.tmp").mkdir()
-    (tmp_path / "run" / "saving.tmp" / "model-00001-of-00002.safetensors").write_text("torn")
-    run.save(model, optimizer, 2)
-    assert not list((tmp_path / "run").glob("*tmp*")) and not list((tmp_path / "run").glob("model-*"))
-
-
-@pytest.mark.parametrize("tail", ["", '{"step": 3, "nl'])
-def test_restore_cuts_the_log_to_the_checkpoint(tail, cfg, saved, base, tmp_path):
-    """Rows after the checkpoint go; so does a last row that a full disk or a kill left torn."""
-    run, *_ = saved
-    run.log({"step": 2, "nll": 1.5})
-    with (tmp_path / "run" / "log.jsonl").open("a") as file:
-        file.write(tail)
-    other = Transformer.from_pretrained(base)
-    again = runtime.Run(replace(cfg, resume=True), ALONE)
-    assert again.restore(other, adam(other)) == 1
-    again.log({"step": 2, "nll": None})
-    assert (tmp_path / "run" / "log.jsonl").read_text() == '{"step": 1}\n{"step": 2, "nll": null}\n'
-
-
-def test_resume_on_a_full_disk_loses_neither_settings_nor_log(cfg, saved, base, monkeypatch, tmp_path):
-    run, *_ = saved
-    run.log({"step": 2})
-    before = digest(tmp_path)
-
-    def torn(path, text):
-        path.write_bytes(text[:5].encode())
-        raise FULL
-
-    monkeypatch.setattr(Path, "write_text", torn)
-    with pytest.raises(OSError, match="No space"):
-        runtime.Run(replace(cfg, resume=True), ALONE)
-    other = Transformer.from_pretrained(base)
-    with pytest.raises(OSError, match="No space"):
-        run.restore(other, adam(other))
-    assert digest(tmp_path) == before
-
-
-def test_log_prints_a_line_and_writes_a_row(cfg, capsys, tmp_path):
-    runtime.Run(cfg, ALONE).log({"step": 3, "nll": 0.123456789, "icr": None})
-    assert capsys.readouterr().out == "step 3  nll 0.1235  icr None\n"
-    assert (tmp_path / "run" / "log.jsonl").read_text() == '{"step": 3, "nll": 0.123456789, "icr": null}\n'
+    with pytest.raises(RuntimeError, match="Connection"):
+        start(main, monkeypatch)
 
 
 def test_clock_parts_the_time():

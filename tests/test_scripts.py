@@ -1,8 +1,10 @@
 """The three scripts end to end on a tiny model: what they write, exact resume, and what bad input gets (DESIGN §5)."""
 
+import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import asdict
@@ -20,7 +22,7 @@ from s2r import runtime
 from s2r.data import read_jsonl, write_jsonl
 from s2r.rollouts import roll_out
 from s2r.trajectory import SYSTEM_PROMPT
-from tiny_model import digest, problem_file, steps, tiny_model, trajectory_file
+from tiny_model import digest, problem_file, same, steps, tiny_model, trajectory_file
 
 ROOT = Path(__file__).resolve().parents[1]
 SFT = {"batch_size": 8, "lr": 1e-2, "kl": 0.05, "max_length": 400}
@@ -51,9 +53,10 @@ SCRIPTS = {"sample": sample, "train_sft": train_sft, "train_rl": train_rl}
 
 def test_train_sft_learns_and_writes_a_run_folder(world):
     out = Path(world.sft)
-    assert set(digest(out)) == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
-                                "tokenizer_config.json", "run.json", "log.jsonl", "state.pt"}
+    model = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert set(digest(out)) == model | {"run.json", "log.jsonl"} | {f"step-24/{name}" for name in (*model, "state.pt")}
     settings = asdict(train_sft.Config(model=world.base, data=world.trajectories, out=world.sft, epochs=12, **SFT))
+    settings["data_sha256"] = hashlib.sha256(Path(world.trajectories).read_bytes()).hexdigest()
     assert json.loads((out / "run.json").read_text()) == {k: v for k, v in settings.items() if k != "resume"}
     rows = read_jsonl(out / "log.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 25)) and rows[-1]["epoch"] == 11
@@ -103,7 +106,7 @@ def test_train_rl_writes_a_run_folder_that_opens_again(level, world, tmp_path, c
 def test_train_rl_process_level_needs_one_rollout_only(world, tmp_path):
     settings = RL | {"rollouts": 1, "steps": 1, "problems": 8, "level": "process"}
     train_rl.main(train_rl.Config(model=world.sft, data=world.problems, out=str(tmp_path / "rl"), **settings))
-    assert (tmp_path / "rl" / "state.pt").is_file()
+    assert (tmp_path / "rl" / "step-1" / "state.pt").is_file()
 
 
 def test_train_rl_in_bf16_samples_from_the_current_weights(world, tmp_path, monkeypatch):
@@ -214,8 +217,8 @@ def test_setting_of_the_method_changes_what_is_learnt(weights):
 def test_setting_of_the_machine_changes_nothing(weights, world):
     """Memory, printing, saving and evaluating leave the weights as they are, to the bit."""
     for name, changes in (
-        ("train_sft", ({"checkpointing": True}, {"save_every": 1})),
-        ("train_rl", ({"checkpointing": True}, {"slots": 3}, {"show_every": 1, "save_every": 1},
+        ("train_sft", ({"checkpointing": True}, {"save_every": 1, "keep": 1}, {"offload": True})),
+        ("train_rl", ({"checkpointing": True}, {"offload": True}, {"slots": 3}, {"show_every": 1, "save_every": 1},
                       {"eval_data": world.problems, "eval_every": 1})),
     ):
         default = weights(name)
@@ -227,17 +230,6 @@ def test_setting_of_the_machine_changes_nothing(weights, world):
 
 class Killed(BaseException):
     """What a power cut looks like from inside."""
-
-
-def same(a, b) -> bool:
-    """Equality of nested states, tensors to the bit."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 @pytest.mark.parametrize("name", ["sft", "outcome", "process", "process in bfloat16"])
@@ -262,10 +254,10 @@ def test_resume_is_exact(name, world, tmp_path, monkeypatch):
         script.main(script.Config(out=str(tmp_path / "halves"), **settings))
     monkeypatch.undo()
     assert [row["step"] for row in log(tmp_path / "halves")] == [1, 2, 3]
-    assert torch.load(tmp_path / "halves" / "state.pt")["step"] == 2
+    assert [file.name for file in (tmp_path / "halves").glob("step-*")] == ["step-2"]
     script.main(script.Config(out=str(tmp_path / "halves"), resume=True, **settings))
 
-    whole, halves = (torch.load(tmp_path / half / "state.pt") for half in ("whole", "halves"))
+    whole, halves = (torch.load(tmp_path / half / "step-4" / "state.pt") for half in ("whole", "halves"))
     assert whole["step"] == 4 and whole["optimizer"]["state"] and same(whole, halves)
     first, second = (digest(tmp_path / half)["model.safetensors"] for half in ("whole", "halves"))
     assert first == second
@@ -278,8 +270,40 @@ def test_resume_may_make_an_rl_run_longer(world, tmp_path):
     train_rl.main(train_rl.Config(out=str(tmp_path / "whole"), **settings))
     train_rl.main(train_rl.Config(out=str(tmp_path / "halves"), **settings | {"steps": 2}))
     train_rl.main(train_rl.Config(out=str(tmp_path / "halves"), resume=True, **settings))
-    assert same(*(torch.load(tmp_path / half / "state.pt") for half in ("whole", "halves")))
+    assert same(*(torch.load(tmp_path / half / "step-4" / "state.pt") for half in ("whole", "halves")))
     assert log(tmp_path / "whole") == log(tmp_path / "halves")
+
+
+def test_signal_while_sampling_gives_the_step_up(world, tmp_path, monkeypatch, capsys, handlers):
+    """The rollouts of step 3 are not waited for: step 2 is saved, main returns, and resumed it is as in one go."""
+    settings = RL | {"model": world.sft, "data": world.problems, "save_every": 99}
+    train_rl.main(train_rl.Config(out=str(tmp_path / "whole"), **settings))
+    found = []
+
+    def interrupted(*args, step, **options):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        found.append(roll_out(*args, step=step, **options))
+        return found[-1]
+
+    monkeypatch.setattr(train_rl, "roll_out", interrupted)
+    train_rl.main(train_rl.Config(out=str(tmp_path / "halves"), **settings))
+    assert [len(rollouts) for rollouts in found] == [16, 16, 0]
+    assert capsys.readouterr().out.endswith("stopped by a signal; 2 steps are done, --resume goes on from there\n")
+    assert [file.name for file in (tmp_path / "halves").glob("step-*")] == ["step-2"]
+    monkeypatch.undo()
+    train_rl.main(train_rl.Config(out=str(tmp_path / "halves"), resume=True, **settings))
+    assert same(*(torch.load(tmp_path / half / "step-4" / "state.pt") for half in ("whole", "halves")))
+    assert log(tmp_path / "whole") == log(tmp_path / "halves")
+
+
+@pytest.mark.parametrize(("name", "length"), [("train_sft", {"epochs": 1}), ("train_rl", {"steps": 1})])
+def test_resume_of_a_run_that_is_done_says_so(name, length, started, tmp_path, capsys, handlers):
+    started(name, **length)
+    before = digest(tmp_path)
+    capsys.readouterr()
+    started(name, resume=True, **length)
+    assert capsys.readouterr().out.splitlines()[-1].endswith("nothing to do") and digest(tmp_path) == before
 
 
 # --- bad input ---
@@ -458,7 +482,12 @@ def test_gradient_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(start
         started("train_rl")
     error = capsys.readouterr().err.splitlines()[-1]
     assert exit.value.code == 2 and error.startswith("error: step 3, problems ['sum/") and "norm is nan" in error
-    state = torch.load(tmp_path / "out" / "state.pt")
+    (file,) = (tmp_path / "out").glob("batch-*")
+    assert f"the batch is saved in {file}" in error
+    parts = torch.load(file, weights_only=True)
+    assert {"advantage", "span", "logp_old", "logp_sampled"} <= set(parts[0])
+    assert all(part["logp_old"].isfinite().all() and len(part["pack"]["ids"]) > len(part["logp_old"]) for part in parts)
+    state = torch.load(tmp_path / "out" / "step-2" / "state.pt")
     assert state["step"] == 2 and all(x.isfinite().all() for x in state["model"].values())
     started("train_rl", resume=True)  # the poison was one micro-batch
     assert [row["step"] for row in log(tmp_path / "out")] == [1, 2, 3, 4]
