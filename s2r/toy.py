@@ -1,21 +1,22 @@
 r"""The embedded default: a tiny world in which all of S²R runs on a laptop's CPU. Start reading here.
 
     python -m s2r.toy                        everything below, stage by stage, and a table of what each stage reached
-    python -m s2r.toy pretrain --out DIR     how the base model in s2r/toy_base was made (10 minutes on one core)
+    python -m s2r.toy pretrain --out DIR     how the base model in s2r/toy_base was made (13 minutes on one core)
 
 A problem names a few numbers, one of which is a multiple of a:
 
     Eggs go in boxes of 7. Which number of eggs fills its boxes: 4315, 2886 or 3024?          a = 7, x = 3024
 
 *Finding* x is hard for this model: it answers at once, without scratch work, and a remainder cannot be seen at a
-glance. *Checking* x is easy, because it goes digit by digit: long division, "3 leaves 3, 30 leaves 2, 22 leaves 1, 14
-leaves 0". That gap is what S²R lives on: check the answer, and if it is wrong, try another.
+glance, so it is right about half the time. *Checking* x is easy, because it goes digit by digit: long division, "3
+leaves 3, 30 leaves 2, 22 leaves 1, 14 leaves 0". That gap is what S²R lives on: check the answer, and if it is wrong,
+try another.
 
 The base model is a 0.9 M parameter Llama that has learnt the parts and not the whole: answering, dividing, and naming
 another number than those that were named before. It has never seen a text check itself. Stages 0 to 2 teach it to
 check and to correct, with the same three scripts that train a large model: `stages` lists the commands. Departs from
-the paper: verifications come from a rule (`verify`), not from GPT-4, and the chat template leaves out the system
-prompt, to keep sequences short.
+the paper: verifications come from a rule (`verify`), not from GPT-4; the chat template leaves out the system prompt, to
+keep sequences short; and trajectories with one trial are kept in full, because they are the rare ones here.
 """
 
 import argparse
@@ -60,6 +61,7 @@ DIVISORS = range(2, 10)
 LEVELS = {1: 2, 2: 3, 3: 4}  # difficulty of a problem -> how many numbers it names
 NUMBERS = (2, 3, 4, 5)  # how many numbers a question of the pretraining names, all as often
 DIGITS = 4  # of each number
+KEEP = ("1", "0.3", "0.3", "0.6")  # share of the trajectories with 1, 2, 3, 4 trials: first answers are wrong more often
 
 
 # ---- the world: questions and checks ----
@@ -101,7 +103,7 @@ def question(rng: random.Random, test: bool = False, level: int | None = None, d
     return Question(a, tuple(xs), rng.randrange(len(TEMPLATES)))
 
 
-def write_problems(folder: str, train: int = 2000, test: int = 1000, longer: int = 400, seed: int = 0) -> None:
+def write_problems(folder: str, train: int = 4000, test: int = 1000, longer: int = 400, seed: int = 0) -> None:
     """Problem files, all levels alike, no question twice: `train.jsonl`, `test.jsonl`, and `longer.jsonl`, a digit longer.
 
     Numbers of the last are longer than any that a model was trained on, by pretraining or later.
@@ -160,9 +162,9 @@ def verify(problem: str, answer: str | None, style: str = "confirmative") -> tup
 def document(rng: random.Random) -> list[tuple[str, int]]:
     """One pretraining text in pieces (text, weight of its tokens in the loss).
 
-    Some are a chat, question and right answer. The others are plain: people try the numbers named, some of them
-    twice, until one is right, and some divide. None of it looks like a verification. Questions are context, weight 0; right
-    answers weigh most, because they are the hardest to learn.
+    Some are a chat, question and right answer. The others are plain: people try the numbers named, in half of them
+    never one twice, until one is right, and some divide. None of it looks like a verification. Questions are context,
+    weight 0; right answers weigh most, because they are the hardest to learn.
     """
     q = question(rng)
     if rng.random() < 0.6:
@@ -171,7 +173,8 @@ def document(rng: random.Random) -> list[tuple[str, int]]:
     text, wrong = [(q.text + "\n", 0)], [x for x in q.xs if x != q.x]
     if rng.random() < 0.5:
         text.append((f"The numbers are {', '.join(map(str, q.xs))}.\n", 1))
-    for y in [*rng.choices(wrong, k=rng.randrange(len(q.xs))), q.x]:
+    tries = rng.randrange(len(q.xs))
+    for y in [*(rng.choices(wrong, k=tries) if rng.random() < 0.5 else rng.sample(wrong, tries)), q.x]:
         text.append((solve(y) + "\n", 3 if y == q.x else 1))
         if rng.random() < 0.3:
             y = rng.choice((y, y, rng.randrange(10 ** (DIGITS - 1), 10**DIGITS)))
@@ -278,7 +281,7 @@ def stages(folder: str = RUNS, seed: int = 0) -> dict[str, tuple[list[str], list
         at[ROLLOUTS]: ([at[TRAIN]], ["sample.py", "--data", at[TRAIN], "--n", "5", "--temperature", "0.7",
                                      "--max-new-tokens", "32", "--show", "0", "--out", at[ROLLOUTS], *s]),
         at[TRAJECTORIES]: ([at[ROLLOUTS]], ["-m", "s2r.behavior", "--rollouts", at[ROLLOUTS],
-                                            "--out", at[TRAJECTORIES], "--keep", "0.5", "1", "1", "1", *s]),
+                                            "--out", at[TRAJECTORIES], "--keep", *KEEP, *s]),
         at[SFT]: ([at[TRAJECTORIES]], ["train_sft.py", "--data", at[TRAJECTORIES], "--out", at[SFT], *s]),
         at[RL]: ([at[TRAIN], at[SFT]], [*rl, "--level", "outcome", "--out", at[RL]]),
         at[RL_PROCESS]: ([at[TRAIN], at[SFT]], [*rl, "--level", "process", "--out", at[RL_PROCESS]]),
@@ -320,7 +323,7 @@ def main() -> None:
     parser.add_argument("what", nargs="?", default="all", choices=("all", "problems", "pretrain"))
     parser.add_argument("--folder", default=RUNS, help="where the runs go [%(default)s]")
     parser.add_argument("--out", default=BASE, help="pretrain: model folder to write [%(default)s]")
-    parser.add_argument("--steps", default=2000, type=int, help="pretrain: optimizer steps [%(default)s]")
+    parser.add_argument("--steps", default=3000, type=int, help="pretrain: optimizer steps [%(default)s]")
     parser.add_argument("--seed", default=0, type=int, help="of everything random [%(default)s]")
     flags = parser.parse_args()
     if flags.what == "problems":

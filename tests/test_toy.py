@@ -99,13 +99,13 @@ def test_documents_hold_no_test_question_and_no_verification():
         assert not re.search(r"Wait|recheck|Therefore|correct|try again", text)
 
 
-def test_documents_try_each_number_once_and_end_in_the_right_one():
+def test_documents_try_the_numbers_named_and_end_in_the_right_one():
     rng, chats = random.Random(1), 0
     for _ in range(500):
         text = "".join(piece for piece, _ in toy.document(rng))
         a, xs = numbers(text)
         attempts = [int(x) for x in re.findall(r"boxed\{(\d+)\}", text)]
-        assert len(attempts) == len(set(attempts)) and set(attempts) <= set(xs)
+        assert set(attempts) <= set(xs)
         assert [x for x in attempts if x % a == 0] == attempts[-1:]
         chats += (chat := text.startswith("<|im_start|>"))
         assert len(attempts) == 1 or not chat  # a chat has the right answer alone
