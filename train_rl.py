@@ -45,9 +45,9 @@ class Config:
     temperature: float = 0.7  # of sampling, and of every log-probability (paper: 0.7)
     beta: float = 0.05  # β, weight of the KL to π_ref in the advantage (paper: 0.05; 0.01 for Qwen2.5-Math-7B)
     epsilon: float = 0.2  # ε, clip range of the ratio (paper: 0.2)
-    lr: float = 1e-4  # learning rate after warm-up (paper: 5e-7)
+    lr: float = 5e-5  # learning rate after warm-up (paper: 5e-7)
     warmup: int = 5  # steps of linear warm-up (paper: 5)
-    steps: int = 20  # (paper: 500)
+    steps: int = 40  # (paper: 500)
     max_new_tokens: int = 320  # length limit of a rollout (paper: 8000)
     max_grad_norm: float = 1.0  # gradient norm is clipped to this (paper: 1)
     seed: int = 0  # of the order of the data and of the random stream

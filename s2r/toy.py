@@ -61,7 +61,7 @@ DIVISORS = range(2, 10)
 LEVELS = {1: 2, 2: 3, 3: 4}  # difficulty of a problem -> how many numbers it names
 NUMBERS = (2, 3, 4, 5)  # how many numbers a question of the pretraining names, all as often
 DIGITS = 4  # of each number
-KEEP = ("1", "0.3", "0.3", "0.6")  # share of the trajectories with 1, 2, 3, 4 trials: first answers are wrong more often
+KEEP = ("1", "0.25", "0.25", "0.5")  # share of the trajectories with 1, 2, 3, 4 trials: first answers are wrong more often
 
 
 # ---- the world: questions and checks ----
