@@ -10,6 +10,7 @@ import s2r  # noqa: F401  (before torch)
 import torch
 from s2r import toy
 from s2r.data import load_problems
+from s2r.generate import generate
 from s2r.grade import equivalent
 from s2r.model import Transformer
 from s2r.tokenizer import Tokenizer
@@ -141,6 +142,31 @@ def test_base_model_opens_in_transformers_with_the_same_prompt_and_logits():
         assert torch.allclose(ours, other(ids[None]).logits[0], atol=1e-4)
     assert sum(p.numel() for p in model.parameters()) < 2_000_000
     assert sum(file.stat().st_size for file in BASE.iterdir()) <= 4 * 2**20
+
+
+def greedy(prompts: list[str], stop: str) -> list[str]:
+    """What the base model writes after plain texts, up to the token `stop`."""
+    tokenizer, model = Tokenizer.from_pretrained(BASE), Transformer.from_pretrained(BASE)
+    (end,) = tokenizer.encode(stop)
+    asked = [tokenizer.encode(text) for text in prompts]
+    rollouts = generate(
+        model, asked, n=1, temperature=0.0, max_new_tokens=48, stop_ids={end}, seed=0, progress=False
+    )
+    return [tokenizer.decode(rollout.ids).removesuffix(stop) for rollout in rollouts]
+
+
+def test_base_model_has_learnt_the_parts():
+    """Dividing any number, and answering with a number that is named and has not been tried: 95 of 100 and more."""
+    rng = random.Random(5)
+    questions = [toy.question(rng, test=True) for _ in range(200)]
+    asked, steps = zip(*(toy.divide(q.a, rng.choice(q.xs)).split(": ") for q in questions))
+    written = greedy([f"{q.text}\n{toy.solve(q.xs[0])}\n{text}" for q, text in zip(questions, asked)], "\n")
+    assert sum(f": {text}" == found for text, found in zip(steps, written)) >= 190
+
+    tried = [rng.choice([x for x in q.xs if x != q.x]) for q in questions]
+    written = greedy([f"{q.text}\n{toy.solve(y)}\nIt is \\boxed{{" for q, y in zip(questions, tried)], "\n")
+    others = [[f"{x}}}." for x in q.xs if x != y] for q, y in zip(questions, tried)]
+    assert sum(found in named for found, named in zip(written, others)) >= 190
 
 
 def test_pretrain_makes_a_folder_that_loads_and_repeats(tmp_path):
