@@ -16,11 +16,12 @@ from s2r.packing import pack
 from s2r.parallel import Ranks
 from tiny_model import problem_file, tiny_model, trajectory_file
 
-# Three steps; two problems a step, so that of three ranks one has nothing to sample.
+# Three steps; two problems a step, so that of three ranks one has nothing to sample. A small rate: Adam makes a whole step
+# of a gradient that is rounding error, and at a large one that soon moves a probability past a rollout's random number.
 JOBS = {
     "sft": (train_sft, SFT | {"epochs": 1, "batch_size": 6, "tokens_per_microbatch": 200}),
-    "outcome": (train_rl, RL | {"level": "outcome", "problems": 2, "steps": 3, "tokens_per_microbatch": 200}),
-    "process": (train_rl, RL | {"level": "process", "problems": 2, "steps": 3, "tokens_per_microbatch": 200}),
+    "outcome": (train_rl, RL | {"level": "outcome", "problems": 2, "steps": 3, "lr": 2e-4, "tokens_per_microbatch": 200}),
+    "process": (train_rl, RL | {"level": "process", "problems": 2, "steps": 3, "lr": 2e-4, "tokens_per_microbatch": 200}),
 }
 
 
