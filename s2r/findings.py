@@ -1,6 +1,6 @@
 r"""The paper's qualitative findings, tried in the toy world: one command, three seeds, a table and a figure.
 
-    python -m s2r.findings                   under an hour on two cores; what is done already is not done again
+    python -m s2r.findings                   an hour or less on two cores, estimated; what is done is not done again
     pip install matplotlib                   for the figure: an optional dependency of this command alone
 
 Every finding is a difference that the paper says is positive, taken for each seed and averaged. It holds when the mean

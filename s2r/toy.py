@@ -1,7 +1,7 @@
 r"""The embedded default: a tiny world in which all of S²R runs on a laptop's CPU. Start reading here.
 
     python -m s2r.toy                        everything below, stage by stage, and a table of what each stage reached
-    python -m s2r.toy pretrain --out DIR     how the base model in s2r/toy_base was made (13 minutes on one core)
+    python -m s2r.toy pretrain --out DIR     how the base model in s2r/toy_base was made (14 minutes on one core)
 
 A problem names a few numbers, one of which is a multiple of a:
 
