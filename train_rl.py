@@ -90,7 +90,7 @@ def main(cfg: Config) -> None:
     reference = ranks.shard(runtime.load(cfg.model, ranks.loads_on, dtype)[0])  # π_ref, fixed
     # Where the weights are fp32 and the compute is not, or spread over ranks, the sampler has a copy in the compute dtype.
     alone = ranks.size == 1 and model.embed.dtype == dtype
-    sampler = model if alone else Transformer(model.config, dtype, device)
+    sampler = Transformer(model.config, dtype, device) if prompts and not alone else model
     answers = [t.prompt_ids + t.ids for t in recorded]
     if ranks.rank == 0:
         print(memory.report(model.config, memory.job_of(cfg, model, ranks, sequences=answers, prompts=prompts)))

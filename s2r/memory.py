@@ -72,10 +72,10 @@ def total(c: ModelConfig) -> int:
 def resident(c: ModelConfig, job: Job) -> dict[str, float]:
     """What stays from the first step to the last: 4 bytes per weight, AdamW's two moments 8, reference and sampler a.
 
-    All are spread over the ranks but the sampler's copy, which every rank has whole; one process in fp32 samples from
-    the weights themselves.
+    All are spread over the ranks but the sampler's copy, which every rank that samples has whole; one process in fp32
+    samples from the weights themselves.
     """
-    P, own_copy = total(c), job.stage == "rl" and (job.ranks > 1 or job.copies)
+    P, own_copy = total(c), job.slots > 0 and (job.ranks > 1 or job.copies)
     return {
         "weights": 4 * P / job.ranks,
         "optimizer": 0 if job.offload else 8 * P / job.ranks,
@@ -252,7 +252,7 @@ def job_of(
         gpu=ranks.device.type == "cuda",
         ranks=ranks.size,
         checkpointing=cfg.checkpointing,
-        offload=getattr(cfg, "offload", False),
+        offload=cfg.offload,
         reference=rl or cfg.kl > 0,
         slots=slots,
         capacity=longest,

@@ -12,6 +12,8 @@ sys.path.insert(0, str(ROOT))
 
 import s2r  # noqa: E402, F401
 import interpreter  # noqa: E402, F401
+from s2r.model import Transformer  # noqa: E402
+from tiny_model import tiny_model  # noqa: E402
 
 
 def pytest_addoption(parser):
@@ -31,3 +33,14 @@ def handlers():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A random model folder."""
+    return tiny_model(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def model(base) -> Transformer:
+    return Transformer.from_pretrained(base)

@@ -15,20 +15,10 @@ from test_runtime import ALONE, BATCH, Config, adam, start, step
 
 from s2r import checkpoint
 from s2r.model import Transformer
-from tiny_model import digest, tiny_model
+from tiny_model import digest
 
 
 MODEL = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture
-def model(base) -> Transformer:
-    return Transformer.from_pretrained(base)
 
 
 @pytest.fixture

@@ -170,16 +170,6 @@ BATCH = pack([[1, 2, 3]], [[1, 2]], 9, "cpu")
 RUN = SimpleNamespace(ranks=ALONE, offload=False, keep_batch=lambda step, batch: f"{len(batch)} of step {step} saved")
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture
-def model(base) -> Transformer:
-    return Transformer.from_pretrained(base)
-
-
 def adam(model: Transformer) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
 
