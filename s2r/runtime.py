@@ -63,6 +63,11 @@ def start(main: Callable, config: type) -> None:
         if dist.is_initialized():
             dist.barrier()  # the first rank may still be writing
             dist.destroy_process_group()
+            # FSDP keeps the threads of gloo alive, and one that lets go of a tensor while Python shuts down aborts the
+            # process (github.com/pytorch/pytorch/pull/179291). All is written: leave without shutting down.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
 
     try:
         command(run)
