@@ -30,6 +30,7 @@ import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
@@ -298,10 +299,10 @@ def ensure(path: str) -> None:
     make(path, stages())
 
 
-def make(path: str, made: dict[str, tuple[list[str], list[str]]]) -> None:
+def make(path: str, made: dict[str, tuple[list[str], list[str]]], screen: TextIO | None = None) -> None:
     """Make `path` if it is an output of one of these stages and not there, and before it whatever it needs.
 
-    Raises ValueError when a stage fails, and under torchrun, where nothing is made.
+    What the stages print goes to `screen`. Raises ValueError when a stage fails, and under torchrun, where nothing is made.
     """
     stage = {Path(output): stage for output, stage in made.items()}.get(Path(path))
     if stage is None or Path(path).is_file() or (Path(path) / "model.safetensors").is_file():
@@ -310,12 +311,13 @@ def make(path: str, made: dict[str, tuple[list[str], list[str]]]) -> None:
         raise ValueError(f"{path} does not exist yet; make it in one process, with python -m s2r.toy, then use torchrun")
     needs, command = stage
     for output in needs:
-        make(output, made)
-    print("\n$ python", *command, flush=True)
+        make(output, made, screen)
+    print("\n$ python", *command, file=screen, flush=True)
     start = time.perf_counter()
-    if subprocess.run([sys.executable, *command]).returncode:
-        raise ValueError(f"the stage that makes {path} failed (above); if {path} is left of an earlier run, delete it")
-    print(f"{path}: {time.perf_counter() - start:.0f} s", flush=True)
+    if subprocess.run([sys.executable, *command], stdout=screen, stderr=screen).returncode:
+        where = f"see {screen.name}" if screen else "above"
+        raise ValueError(f"the stage that makes {path} failed ({where}); if {path} is left of an earlier run, delete it")
+    print(f"{path}: {time.perf_counter() - start:.0f} s", file=screen, flush=True)
 
 
 def main() -> None:

@@ -192,7 +192,7 @@ def test_make_runs_what_is_missing_once(tmp_path, monkeypatch):
     class Done:
         returncode = 0
 
-    def run(command):
+    def run(command, **screen):
         commands.append(command[1:])
         output = command[command.index("--out") + 1] if "--out" in command else None
         for path in [output] if output else [f"{folder}/{name}.jsonl" for name in ("train", "test", "longer")]:
