@@ -40,7 +40,7 @@ def stages(folder: str, seed: int) -> dict[str, tuple[list[str], list[str]]]:
     made[solving] = [samples], [*made[trajectories][1], "--style", "solving", "--out", solving]
     made[rollouts] = (
         [train, sft],
-        ["sample.py", "--model", sft, "--data", train, "--n", "8", "--temperature", "0.7", "--show", "0",
+        ["sample.py", "--model", sft, "--data", train, "--limit", "1000", "--n", "8", "--temperature", "0.7", "--show", "0",
          "--out", rollouts, *s],
     )  # fmt: skip
     models = {
