@@ -82,12 +82,11 @@ def main(cfg: Config) -> None:
         raise ValueError(f"--updates {cfg.updates}: a step has only {cfg.problems * cfg.rollouts} rollouts")
     device, dtype = runtime.pick(cfg.device, cfg.dtype)
     ranks = Ranks(device)
-    model, tokenizer = runtime.load(cfg.model, ranks.loads_on, dtype, train=True)
+    model, tokenizer = runtime.load(cfg.model, device, dtype, train=True, spread=ranks.shard)
     model.checkpointing = cfg.checkpointing
-    ranks.shard(model)
     prompts = encode_prompts(problems + held_out, tokenizer, model.config.max_positions)  # an error now, not at their turn
     recorded, recorded_credits = recall(cfg, tokenizer) if cfg.offline else ([], [])
-    reference = ranks.shard(runtime.load(cfg.model, ranks.loads_on, dtype)[0])  # π_ref, fixed
+    reference = runtime.load(cfg.model, device, dtype, spread=ranks.shard)[0]  # π_ref, fixed
     # Where the weights are fp32 and the compute is not, or spread over ranks, the sampler has a copy in the compute dtype.
     alone = ranks.size == 1 and model.embed.dtype == dtype
     sampler = Transformer(model.config, dtype, device) if prompts and not alone else model

@@ -56,10 +56,9 @@ def main(cfg: Config) -> None:
     examples = load_trajectories(cfg.data)
     device, dtype = runtime.pick(cfg.device, cfg.dtype)
     ranks = Ranks(device)
-    model, tokenizer = runtime.load(cfg.model, ranks.loads_on, dtype, train=True)
+    model, tokenizer = runtime.load(cfg.model, device, dtype, train=True, spread=ranks.shard)
     model.checkpointing = cfg.checkpointing
-    ranks.shard(model)
-    base = ranks.shard(runtime.load(cfg.model, ranks.loads_on, dtype)[0]) if cfg.kl else None  # π_base, fixed
+    base = runtime.load(cfg.model, device, dtype, spread=ranks.shard)[0] if cfg.kl else None  # π_base, fixed
 
     sequences, scored = [], []  # token ids of each example; positions in it that have a loss, δ = 1 in (1)
     for example in examples:

@@ -2,7 +2,7 @@
 
 Memory is a maximum over phases that follow one another, each a sum of what is alive in it:
 
-    load      one process: weights + reference + sampler's copy; of several, each loads on the host, see `on_host`
+    load      weights + reference + sampler's copy
     rollout   weights + optimizer + reference + sampler's copy + cache + decoding
     score     weights + optimizer + reference + sampler's copy + one forward pass
     update    weights + optimizer + reference + sampler's copy + gradients + activations + backward pass
@@ -192,17 +192,22 @@ def decoding(c: ModelConfig, job: Job) -> float:
     return packed + max(prefill, rows + cache(c, job, 1, job.prefill))
 
 
-def on_host(c: ModelConfig, job: Job) -> float:
-    """Bytes of the host's memory per process: its own whole copies while it loads, later optimizer state with --offload."""
-    loading = (4 + job.itemsize * job.reference) * total(c) if job.ranks > 1 else 0
-    return max(loading, 8 * total(c) / job.ranks if job.offload else 0)
+def on_host(c: ModelConfig, job: Job, processes: int) -> float:
+    """Bytes of memory of a GPU machine that runs the first `processes` of the ranks.
+
+    The first rank gathers weights and optimizer to save them; of several ranks' parts it makes a copy to write. There
+    --offload keeps the optimizer's state in parts, alone it is the one that is saved.
+    """
+    P = total(c)
+    if job.ranks == 1:
+        return 12 * P
+    return (12 + job.itemsize) * P + (8 * P * processes / job.ranks if job.offload else 0)
 
 
 def phases(c: ModelConfig, job: Job) -> dict[str, dict[str, float]]:
     """Phase → part → bytes."""
-    stays, out = resident(c, job), {}
-    if job.ranks == 1 or not job.gpu:
-        out["load"] = resident(c, replace(job, ranks=1)) | {"sampler": stays["sampler"], "optimizer": 0}
+    stays = resident(c, job)
+    out = {"load": stays | {"optimizer": 0}}
     if job.slots:
         out["rollout"] = stays | {"cache": cache(c, job, job.slots, job.capacity), "decoding": decoding(c, job)}
     if job.stage == "rl":

@@ -234,61 +234,77 @@ class Transformer(nn.Module):
                 scale = std / math.sqrt(2 * self.config.num_layers) if branch_end else std
                 nn.init.normal_(p, std=scale, generator=generator)
 
-    def hf_weights(self) -> dict[str, torch.Tensor]:
-        """Hugging Face weight name → view of our parameter: the one map used to load and to save."""
+    def hf_places(self) -> dict[str, tuple[nn.Parameter, int, int]]:
+        """Hugging Face weight name → our parameter, first row and row after the last: the one map to load and to save."""
         c = self.config
-        heads = [n * c.head_dim for n in (c.num_heads, c.num_kv_heads, c.num_kv_heads)]
-        views = {"model.embed_tokens.weight": self.embed, "model.norm.weight": self.norm.weight}
+        q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        parts = {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}
+        halves = {"gate": (0, c.intermediate_size), "up": (c.intermediate_size, 2 * c.intermediate_size)}
+        whole = {"model.embed_tokens.weight": self.embed, "model.norm.weight": self.norm.weight}
         if self.head is not None:
-            views["lm_head.weight"] = self.head
+            whole["lm_head.weight"] = self.head
+        places = {}
         for i, block in enumerate(self.blocks):
             at = f"model.layers.{i}."
-            views[at + "input_layernorm.weight"] = block.attention_norm.weight
-            views[at + "post_attention_layernorm.weight"] = block.mlp_norm.weight
-            views[at + "self_attn.o_proj.weight"] = block.o.weight
-            views[at + "mlp.down_proj.weight"] = block.down.weight
-            for name, part in zip("qkv", block.qkv.weight.split(heads)):
-                views[at + f"self_attn.{name}_proj.weight"] = part
-            for name, part in zip(("gate", "up"), block.gate_up.weight.chunk(2)):
-                views[at + f"mlp.{name}_proj.weight"] = part
-            if c.qkv_bias:
-                for name, part in zip("qkv", block.qkv.bias.split(heads)):
-                    views[at + f"self_attn.{name}_proj.bias"] = part
+            whole[at + "input_layernorm.weight"] = block.attention_norm.weight
+            whole[at + "post_attention_layernorm.weight"] = block.mlp_norm.weight
+            whole[at + "self_attn.o_proj.weight"] = block.o.weight
+            whole[at + "mlp.down_proj.weight"] = block.down.weight
+            for name, rows in parts.items():
+                places[at + f"self_attn.{name}_proj.weight"] = block.qkv.weight, *rows
+                if c.qkv_bias:
+                    places[at + f"self_attn.{name}_proj.bias"] = block.qkv.bias, *rows
+            for name, rows in halves.items():
+                places[at + f"mlp.{name}_proj.weight"] = block.gate_up.weight, *rows
             if c.qk_norm:
-                views[at + "self_attn.q_norm.weight"] = block.q_norm.weight
-                views[at + "self_attn.k_norm.weight"] = block.k_norm.weight
-        return {name: view.detach() for name, view in views.items()}
+                whole[at + "self_attn.q_norm.weight"] = block.q_norm.weight
+                whole[at + "self_attn.k_norm.weight"] = block.k_norm.weight
+        return places | {name: (p, 0, len(p)) for name, p in whole.items()}
+
+    def hf_weights(self) -> dict[str, torch.Tensor]:
+        """Hugging Face weight name → view of our parameter."""
+        return {name: p.detach()[start:end] for name, (p, start, end) in self.hf_places().items()}
 
     @classmethod
+    @torch.no_grad()
     def from_pretrained(
         cls,
         folder: str | Path,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         param_dtype: torch.dtype | None = None,
+        spread: Callable[["Transformer"], None] | None = None,
     ) -> "Transformer":
         """The model of a Hugging Face folder, every tensor read once, straight into its place, dtype and device.
 
-        Raises FileNotFoundError for a missing file, ValueError for an unsupported config, a shard that cannot be
-        read, and weights that are missing, unexpected or of another shape.
+        `spread` is called on the model while it has no memory yet, and may spread its parameters over ranks: each then
+        reads the rows that are its own. Raises FileNotFoundError for a missing file, ValueError for an unsupported
+        config, a shard that cannot be read, and weights that are missing, unexpected or of another shape.
         """
         folder = Path(folder)
-        model = cls(ModelConfig.from_folder(folder), dtype, device, param_dtype)
-        views = model.hf_weights()
-        missing = set(views)
+        model = cls(ModelConfig.from_folder(folder), dtype, "meta", param_dtype)
+        if spread:
+            spread(model)
+        model.to_empty(device=device)
+        model.speed = inverse_frequencies(model.config).to(device)
+        places = model.hf_places()
+        missing = set(places)
         for shard in _shards(folder):
             try:
                 with safe_open(shard, framework="pt", device=str(device)) as file:
                     for name in file.keys():
-                        if name not in views:
+                        if name not in places:
                             if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.config.tied):
                                 continue  # derived from the config, or a second copy of the embedding
                             raise ValueError(f"{shard}: unexpected weight {name}; is config.json of another model?")
-                        weight = file.get_tensor(name)
-                        if weight.shape != views[name].shape:
-                            found, wanted = tuple(weight.shape), tuple(views[name].shape)
+                        (p, start, end), weight = places[name], file.get_slice(name)
+                        found, wanted = tuple(weight.get_shape()), (end - start, *p.shape[1:])
+                        if found != wanted:
                             raise ValueError(f"{shard}: {name} is {found}, config.json says {wanted}")
-                        views[name].copy_(weight)
+                        ours, first = own_rows(p)
+                        low, high = max(start, first), min(end, first + len(ours))
+                        if low < high:
+                            ours[low - first : high - first].copy_(weight[low - start : high - start])
                         missing.discard(name)
             except SafetensorError as error:
                 raise ValueError(f"{shard}: not a whole safetensors file ({error}); fetch it again") from None
@@ -333,6 +349,14 @@ def positions(cu_seqlens: torch.Tensor) -> torch.Tensor:
     starts, lengths = cu_seqlens[:-1], cu_seqlens.diff()
     T = int(cu_seqlens[-1])
     return torch.arange(T, device=cu_seqlens.device) - starts.repeat_interleave(lengths, output_size=T)
+
+
+def own_rows(p: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """This rank's rows of a parameter, and the number of the first: all of them, unless FSDP has spread it."""
+    if not isinstance(p, DTensor):
+        return p, 0
+    rows = -(-len(p) // p.device_mesh.size())  # of every rank but the last ones
+    return p.to_local(), rows * p.device_mesh.get_local_rank()
 
 
 def _shards(folder: Path) -> list[Path]:

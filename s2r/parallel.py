@@ -27,8 +27,6 @@ class Ranks:
     def __init__(self, device: torch.device):
         self.rank, self.size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self.device = device
-        # A model that is going to be spread need not fit on one GPU: `shard` brings it there block by block.
-        self.loads_on = device if self.size == 1 else torch.device("cpu")
         if self.size > 1 and not dist.is_initialized():
             if device.type == "cuda":
                 torch.cuda.set_device(device)
@@ -36,8 +34,8 @@ class Ranks:
             # dead is for torchrun to notice, which ends the others, and not for this.
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
 
-    def shard(self, model: Transformer) -> Transformer:
-        """The same model, its parameters spread over the ranks: gathered block by block when it runs forward."""
+    def shard(self, model: Transformer) -> None:
+        """Spread the model's parameters over the ranks; they are gathered block by block when it runs forward."""
         if self.size > 1:
             compute = None if model.embed.dtype == model.dtype else model.dtype
             policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
@@ -45,7 +43,6 @@ class Ranks:
                 fully_shard(block, mp_policy=policy)
             # The root keeps its parameters together after a forward: head and embedding are read outside of it.
             fully_shard(model, mp_policy=policy)
-        return model
 
     def share(self, costs: Sequence[int]) -> list[int]:
         """This rank's part of items with these costs, in rising order: the dearest first, each to the least busy rank."""

@@ -122,14 +122,16 @@ def pick(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     return torch.device(device), getattr(torch, dtype)
 
 
-def load(folder: str, device: torch.device, dtype: torch.dtype, train: bool = False) -> tuple[Transformer, Tokenizer]:
+def load(
+    folder: str, device: torch.device, dtype: torch.dtype, train: bool = False, spread: Callable | None = None
+) -> tuple[Transformer, Tokenizer]:
     """Model and tokenizer of a folder; to train, the weights are kept in fp32, whatever the compute dtype.
 
-    Raises ValueError when the tokenizer has ids that the embedding does not.
+    `spread` as `Transformer.from_pretrained` takes it. Raises ValueError when the tokenizer has ids that the embedding does not.
     """
     toy.ensure(folder)
     tokenizer = Tokenizer.from_pretrained(folder)
-    model = Transformer.from_pretrained(folder, dtype, device, torch.float32 if train else None)
+    model = Transformer.from_pretrained(folder, dtype, device, torch.float32 if train else None, spread)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the embedding {model.config.vocab_size} rows; "

@@ -105,7 +105,7 @@ def table() -> str:
                 breaks = "rollout, waiting for the longest answer" + ", then traffic" * (t["traffic"] > arithmetic)
             else:
                 breaks = "traffic" if largest == t["traffic"] else "arithmetic"
-            host = min(gpus, NODE) * on_host(c, job)
+            host = on_host(c, job, min(gpus, NODE))
             parts = " / ".join(short(t[part]) for part in ("rollout", "score", "update"))
             rows.append(
                 f"| {name} | {gpus} | {most / GB:.0f} ({phase}) | {host / GB:.0f} | {t['bytes'] / GB:.0f} GB | {parts} s | "
@@ -133,7 +133,7 @@ def presets() -> str:
     for machine, name, gpus, checkpointing, offload, slots, new, budget in PRESETS:
         c = shape(name)
         sft, rl = jobs(c, gpus, checkpointing=checkpointing, offload=offload, slots=slots, new=new, budget=budget)
-        (phase, most), host = peak(c, rl), min(gpus, NODE) * on_host(c, rl)
+        (phase, most), host = peak(c, rl), on_host(c, rl, min(gpus, NODE))
         flags = f"--checkpointing{' --offload' * offload} --tokens-per-microbatch {budget}; RL: --slots {slots} --max-new-tokens {new}"
         rows.append(
             f"| {machine} | {name} | `{flags}` | {peak(c, sft)[1] / GB:.1f} GB | {most / GB:.1f} GB ({phase}) | {host / GB:.0f} GB |"

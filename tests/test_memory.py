@@ -117,9 +117,21 @@ def test_cache_is_what_the_sampler_allocates():
 
 
 def test_ranks_share_all_but_the_sampler():
-    one, eight = (memory.resident(SMALL, Job("rl", tokens=1, ranks=n)) for n in (1, 8))
+    one, eight = (memory.resident(SMALL, Job("rl", tokens=1, ranks=n, slots=4)) for n in (1, 8))
     assert eight["sampler"] == one["sampler"] == 2 * memory.total(SMALL)
     assert all(eight[name] == one[name] / 8 for name in ("weights", "optimizer", "reference"))
+
+
+def test_the_first_machine_holds_what_is_saved_and_what_is_offloaded():
+    P = memory.total(SMALL)
+    alone, sixteen = (Job("rl", tokens=1, ranks=n) for n in (1, 16))
+    assert memory.on_host(SMALL, alone, 1) == memory.on_host(SMALL, replace(alone, offload=True), 1) == 12 * P
+    assert memory.on_host(SMALL, sixteen, 8) == 14 * P
+    assert memory.on_host(SMALL, replace(sixteen, offload=True), 8) == 14 * P + 8 * P / 2
+
+
+def test_offline_no_copy_is_held_to_sample_from():
+    assert memory.resident(SMALL, Job("rl", tokens=1, ranks=8))["sampler"] == 0
 
 
 def test_offload_takes_the_optimizer_away():

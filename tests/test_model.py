@@ -195,6 +195,17 @@ def test_from_pretrained_reads_into_the_asked_dtype(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(copy.parameters(), model.parameters()))
 
 
+def test_from_pretrained_spreads_the_model_before_it_takes_memory(tmp_path):
+    """What the rows of a rank then are is seen in test_parallel.py, by two and three ranks."""
+    save("qwen2", tmp_path)
+    devices = []
+    model = Transformer.from_pretrained(
+        tmp_path, spread=lambda model: devices.extend(x.device.type for x in (*model.parameters(), *model.buffers()))
+    )
+    assert set(devices) == {"meta"} and {p.device.type for p in model.parameters()} == {"cpu"}
+    assert torch.equal(model.speed, Transformer(model.config).speed)
+
+
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
