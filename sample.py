@@ -4,7 +4,7 @@
     python sample.py --model DIR --ask "What is 7 times 6?" --answer 42
     python sample.py --model DIR --data F.jsonl --max-new-tokens 2048 --out ROLLOUTS.jsonl --report R.json
 
-With `--n 5 --temperature 0.7` it is the collector of stage 0 (METHOD: K = 5 samples a problem).
+With `--n 5 --temperature 0.7` it is the collector of stage 0 (paper §2.2: K = 5 samples a problem).
 """
 
 # Before torch: s2r settles how torch's threads wait.
@@ -51,8 +51,9 @@ def main(cfg: Config) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("sample.py runs as one process; start it without torchrun, on a part of the data per GPU")
     runtime.positive(cfg, "n", "max_new_tokens", "slots")
-    if not cfg.temperature >= 0:
-        raise ValueError(f"--temperature {cfg.temperature}: give 0 or more")
+    runtime.not_negative(cfg, "temperature")
+    if cfg.ask and (cfg.report or (cfg.html and not cfg.answer)):
+        raise ValueError("--ask: a --report is of a data set, and --html judges, so it needs --answer; leave them out")
     if cfg.answer and not parsable(cfg.answer):
         raise ValueError(f"--answer {cfg.answer}: cannot be parsed, so nothing can be graded against it")
     if cfg.ask:

@@ -68,6 +68,7 @@ class Config:
 def main(cfg: Config) -> None:
     runtime.positive(cfg, "problems", "rollouts", "updates", "temperature", "steps", "max_new_tokens", "slots")
     runtime.positive(cfg, "save_every", "keep")
+    runtime.not_negative(cfg, "warmup", "beta", "epsilon")
     if bool(cfg.eval_data) != (cfg.eval_every > 0):
         raise ValueError("--eval-data and --eval-every go together; give both or neither")
     cfg = replace(cfg, out=cfg.out or f"{toy.RUNS}/rl-{cfg.level}")
@@ -85,14 +86,14 @@ def main(cfg: Config) -> None:
     model, tokenizer = runtime.load(cfg.model, device, dtype, train=True, spread=ranks.shard)
     model.checkpointing = cfg.checkpointing
     prompts = encode_prompts(problems + held_out, tokenizer, model.config.max_positions)  # an error now, not at their turn
-    recorded, recorded_credits = recall(cfg, tokenizer) if cfg.offline else ([], [])
+    recorded, recorded_credits = recall(cfg, tokenizer, ranks.rank == 0) if cfg.offline else ([], [])
     reference = runtime.load(cfg.model, device, dtype, spread=ranks.shard)[0]  # π_ref, fixed
     # Where the weights are fp32 and the compute is not, or spread over ranks, the sampler has a copy in the compute dtype.
     alone = ranks.size == 1 and model.embed.dtype == dtype
     sampler = Transformer(model.config, dtype, device) if prompts and not alone else model
     answers = [t.prompt_ids + t.ids for t in recorded]
     if ranks.rank == 0:
-        print(memory.report(model.config, memory.job_of(cfg, model, ranks, sequences=answers, prompts=prompts)))
+        print(memory.report(model.config, memory.job_of(cfg, model, ranks, sequences=answers, prompts=prompts, held_out=len(held_out))))
     stop, watchdog = runtime.Stop(ranks), runtime.Watchdog()
     sampling = {"max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed, "slots": cfg.slots, "stop": stop.asked}
 
@@ -182,8 +183,8 @@ def main(cfg: Config) -> None:
             break
 
 
-def recall(cfg: Config, tokenizer: Tokenizer) -> tuple[list[Trajectory], list[rl.Credit]]:
-    """The rollouts of --offline that are fit to learn from, with their credit over the whole file.
+def recall(cfg: Config, tokenizer: Tokenizer, first: bool) -> tuple[list[Trajectory], list[rl.Credit]]:
+    """The rollouts of --offline that are fit to learn from, with their credit over those that are kept.
 
     Raises ValueError for rollouts of another temperature and when too few are left.
     """
@@ -195,7 +196,8 @@ def recall(cfg: Config, tokenizer: Tokenizer) -> tuple[list[Trajectory], list[rl
                 f"is {cfg.temperature}; make them the same, or no probability is right"
             )
     kept, accuracy, counts = select(trajectories)
-    print("\n".join(f"{count:7,}  {what}" for what, count in counts.items()))
+    if first:
+        print("\n".join(f"{count:7,}  {what}" for what, count in counts.items()))
     if len(kept) < cfg.problems * cfg.rollouts:
         raise ValueError(
             f"{cfg.offline}: {len(kept)} of {len(trajectories)} rollouts are fit to learn from (reasons above), a step "

@@ -52,6 +52,7 @@ class Config:
 
 def main(cfg: Config) -> None:
     runtime.positive(cfg, "epochs", "batch_size", "save_every", "keep")
+    runtime.not_negative(cfg, "warmup", "kl")
     toy.ensure(cfg.data)
     examples = load_trajectories(cfg.data)
     device, dtype = runtime.pick(cfg.device, cfg.dtype)
@@ -60,20 +61,21 @@ def main(cfg: Config) -> None:
     model.checkpointing = cfg.checkpointing
     base = runtime.load(cfg.model, device, dtype, spread=ranks.shard)[0] if cfg.kl else None  # π_base, fixed
 
+    longest = min(cfg.max_length, model.config.max_positions)
     sequences, scored = [], []  # token ids of each example; positions in it that have a loss, δ = 1 in (1)
     for example in examples:
         prefix = prompt(example.problem, tokenizer)
         ids, actions = encode(example.trajectory, tokenizer)
-        if len(prefix) + len(ids) <= min(cfg.max_length, model.config.max_positions):
+        if len(prefix) + len(ids) <= longest:
             sequences.append(prefix + ids)
             targets = range(len(ids)) if cfg.unmasked else sft_targets(actions)
             scored.append([len(prefix) + t for t in targets])
     if not sequences:
-        raise ValueError(f"{cfg.data}: no example is within --max-length {cfg.max_length}; raise it")
+        raise ValueError(f"{cfg.data}: no example is within {longest} tokens, the lesser of --max-length and the context")
     per_epoch = math.ceil(len(sequences) / cfg.batch_size)
     steps = cfg.epochs * per_epoch
-    print(f"{len(sequences)} of {len(examples)} examples within {cfg.max_length} tokens, {steps} steps")
     if ranks.rank == 0:
+        print(f"{len(sequences)} of {len(examples)} examples within {longest} tokens, {steps} steps")
         print(memory.report(model.config, memory.job_of(cfg, model, ranks, sequences=sequences)))
 
     run = runtime.Run(cfg, ranks, cfg.data)

@@ -4,7 +4,8 @@ Dimension letters, the same in every file:
 
     T  tokens of a packed batch        D  width of the residual stream
     S  sequences in it (rows)          L  layers
-    A  actions in it                   H  query heads
+    A  actions in it, or spans         H  query heads
+    K  scored tokens in it
     N  problems per RL step            G  key/value heads
     M  rollouts per problem            E  width of one head
     V  vocabulary                      F  width of the feed-forward layer

@@ -52,7 +52,8 @@ def from_file(path: str | Path) -> Verify:
 def fault(check: str, truth: str, solution: str | None) -> str | None:
     """Why a verification is dropped, None if it is kept: `truth` is the verdict that would be true.
 
-    With the `solution` it speaks of, it may not be longer than that: a check is to be easier than a solution.
+    With the `solution` it speaks of, it may not be longer than that: a check is to be easier than a solution. Departs
+    from the paper, which drops for the verdict alone; the release has a filter by length that nothing calls.
     """
     if parse_verdict(check) != truth:
         return "its verdict does not match the truth, or there is none"
@@ -110,7 +111,10 @@ def build(
     k = trials(len(samples) - len(right), len(samples))
     rng.shuffle(wrong)
     wrong = [wrong[i] for i in distinct([answer for _, answer in wrong])]
-    for (text, answer), truth in [(attempt, "incorrect") for attempt in wrong] + [(rng.choice(right), "correct")]:
+    right.insert(0, right.pop(rng.randrange(len(right))))  # the others only if there is no true check of this one
+    for (text, answer), truth in [*((x, "incorrect") for x in wrong), *((x, "correct") for x in right)]:
+        if attempts and attempts[-1][2] == "correct":
+            break
         checks = verify(problem, answer)
         faults = [fault(check, truth, text if short else None) for check in checks]
         counts.update(f"verification: {reason}" for reason in faults if reason)
@@ -190,7 +194,10 @@ def main(argv: list[str] | None = None) -> None:
     flags = parser.parse_args(argv)
     verify = from_file(flags.verifications) if flags.verifications else partial(by_rule, style=flags.style)
     rows = read_jsonl(flags.rollouts)
-    examples, counts = trajectories(rows, verify, flags.seed, flags.keep, short=bool(flags.verifications))
+    try:
+        examples, counts = trajectories(rows, verify, flags.seed, flags.keep, short=bool(flags.verifications))
+    except KeyError as error:
+        raise ValueError(f"{flags.rollouts}: a row has no {error}; give a file that sample.py --out wrote") from None
     print(table(counts))
     if not examples:
         raise ValueError(

@@ -86,7 +86,7 @@ def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
 
 
 def load_problems(path: str | Path, limit: int = 0) -> list[Problem]:
-    """Problems of a file in one of the three formats above, of its first `limit` rows (0: all).
+    """Problems of a file in one of the four formats above, of its first `limit` rows (0: all).
 
     Rows whose answer is the empty string, of which public sets hold a few, are left out with a line that names them.
     Raises FileNotFoundError, and ValueError naming file and rows: no problem, no answer, an answer that cannot be

@@ -7,7 +7,8 @@
 Rows live in the slots of one preallocated cache. A prompt is run through the model once and its keys and values are
 copied to its rows; a row that stops gives its slot to the next one; at the end, when none is waiting, the last row
 moves into the hole, so the rows at work are always slots 0 … S−1. A rollout's random numbers depend on nothing but
-(seed, step, problem, sample): neither on its slot nor on its neighbours. Called by `sample.py` and `train_rl.py`.
+(seed, step, place of the prompt in the list, sample): neither on its slot nor on its neighbours. Called by
+`s2r/rollouts.py` and `s2r/verifications.py`.
 """
 
 import time
@@ -20,6 +21,8 @@ import torch
 from tqdm import tqdm
 
 from s2r.model import Cache, Transformer
+
+PREFILL = 16_384  # tokens of prompts run through the model at a time
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ def generate(
     step: int = 0,
     streams: Sequence[int] | None = None,
     slots: int = 128,
-    prefill_tokens: int = 16_384,
+    prefill_tokens: int = PREFILL,
     progress: bool = True,
     stop: Callable[[], bool] = lambda: False,
 ) -> list[Rollout]:

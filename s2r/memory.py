@@ -21,11 +21,11 @@ from dataclasses import dataclass, replace
 
 from kernels.logprob import CHUNK_ELEMENTS, SLAB_BYTES
 from s2r.config import ModelConfig
+from s2r.generate import PREFILL
 from s2r.model import SHARD_BYTES, Transformer
 from s2r.parallel import Ranks
 
 GB = 10**9
-PREFILL = 16_384  # tokens of prompts that the sampler runs through the model at a time
 
 
 @dataclass(frozen=True)
@@ -240,15 +240,24 @@ def report(c: ModelConfig, job: Job) -> str:
 
 
 def job_of(
-    cfg, model: Transformer, ranks: Ranks, *, sequences: Sequence[list[int]], prompts: Sequence[list[int]] = ()
+    cfg,
+    model: Transformer,
+    ranks: Ranks,
+    *,
+    sequences: Sequence[list[int]],
+    prompts: Sequence[list[int]] = (),
+    held_out: int = 0,
 ) -> Job:
-    """The job of a training script: its settings, the sequences it learns from and the prompts it samples from."""
+    """The job of a training script: its settings, the sequences it learns from and the prompts it samples from.
+
+    `held_out` of the prompts are for evaluation, one response each.
+    """
     rl, prompt, slots = hasattr(cfg, "rollouts"), max(map(len, prompts), default=0), 0
     longest = max(map(len, sequences), default=0)
     if prompts:
         longest = max(longest, min(prompt + cfg.max_new_tokens, model.config.max_positions))
-        mine = math.ceil((len(prompts) if cfg.eval_every else cfg.problems) / ranks.size)
-        slots = min(cfg.slots, mine * cfg.rollouts)
+        problems, evaluated = math.ceil(cfg.problems / ranks.size), math.ceil(held_out / ranks.size)
+        slots = min(cfg.slots, max(problems * cfg.rollouts, evaluated))
     rows = math.ceil((cfg.problems * cfg.rollouts / cfg.updates if rl else cfg.batch_size) / ranks.size)
     return Job(
         "rl" if rl else "sft",
@@ -261,5 +270,5 @@ def job_of(
         reference=rl or cfg.kl > 0,
         slots=slots,
         capacity=longest,
-        prefill=min(PREFILL, mine * prompt) if slots else 0,
+        prefill=min(PREFILL, max(problems, evaluated) * prompt) if slots else 0,
     )

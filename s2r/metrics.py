@@ -21,7 +21,7 @@ n > 1 responses a problem, for k = 1, 2, 4, … and n:
 
     python -m s2r.metrics R1.json R2.json …               the table of several reports that sample.py wrote
 
-Called by sample.py and by the evaluations of train_rl.py.
+Called by sample.py, by train_rl.py in every step, and by the toy world.
 """
 
 import json
@@ -44,7 +44,7 @@ def summarize(trajectories: Sequence) -> dict:
     """The metrics above of judged responses, each an object with `.actions`, `.finished`, `.ids`, `.problem.level`.
 
     A verify is held against the nearest solve before it; one before any solve has nothing to be right about and counts
-    in `va` alone, as wrong. A response without a solve is wrong, first and last, with 0 trials.
+    in `va`, `va_by_trial` and `no_verdict` alone, as wrong. A response without a solve is wrong, first and last, with 0 trials.
     """
     first, last, trials, no_answer = [], [], [], []
     checks = []  # of each verify: the verdict that would be true, None before any solve, and the verdict given

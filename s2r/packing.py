@@ -70,7 +70,7 @@ def policy_logp(model: Transformer, batch: Pack, temperature: float) -> tuple[to
 
 
 def sft_targets(actions: Sequence[Action]) -> list[int]:
-    """Positions in the response with δ = 1 in equation (1): every verify and the last solve, each with its stop token.
+    """Positions in the response with δ = 1 in equation (1): every verify, the last solve and the stop token.
 
     The solves before the last are wrong on purpose; the model reads them and is never taught to write them.
     """

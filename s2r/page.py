@@ -113,7 +113,7 @@ _PAGE = """<!doctype html>
         const block = make("div", article, undefined, "action " + action.kind);
         const said = make("div", block, `${action.kind} · ${action.kind === "solve" ? "answer" : "verdict"} ${action.read ?? "none"} · reward `, "head");
         make("span", said, signed(action.reward), action.reward > 0 ? "good" : "bad");
-        make("span", said, ` · advantage ${signed(action.advantage)}`);
+        make("span", said, ` · advantage without its KL term ${signed(action.advantage)}`);
         const text = make("pre", block);
         for (const [piece, logp] of action.tokens) {
           const token = make("span", text, piece);

@@ -18,7 +18,8 @@ differ in what a *span* is, the piece of y that has one reward, one advantage an
     L = −E[min(r·A, clip(r, 1±ε)·A)]        (3), (6)    policy_loss
 
 Rewards are ±1 and come from rules alone. A = spans of the batch, K = response tokens of the batch; a token carries
-the number of its span, and sums over a span are `index_add`. Called by `train_rl.py`.
+the number of its span, and sums over a span are `index_add`. Called by `train_rl.py`, and for rewards by what shows,
+records and selects rollouts.
 """
 
 from collections import defaultdict
@@ -91,7 +92,7 @@ def offline_baseline(
     context. With one span a trajectory (outcome level) both are the accuracy bin alone. Same shape as `rewards`.
     """
     places = [
-        [(int(share / ACCURACY_BIN), t if by == "position" else tuple(row[:t])) for t in range(len(row))]
+        [(int(round(share / ACCURACY_BIN, 9)), t if by == "position" else tuple(row[:t])) for t in range(len(row))]
         for share, row in zip(accuracy, rewards)
     ]
     return group_means(rewards, places)

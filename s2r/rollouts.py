@@ -1,6 +1,6 @@
 """Judged responses: problem → prompt → sampled ids → actions → right or wrong. And the file that keeps them.
 
-Called by `sample.py` and `train_rl.py`, which roll out alike, and by `s2r/behavior.py`, which reads the file.
+Called by `sample.py` and `train_rl.py`, which roll out alike, and by `s2r/selection.py`, which reads the file.
 """
 
 from collections.abc import Sequence
@@ -67,8 +67,10 @@ def load_rollouts(path: str | Path, tokenizer: Tokenizer) -> list[Trajectory]:
     for number, row in enumerate(read_jsonl(path), start=1):
         try:
             ids, prompt_ids, logp = ([kind(x) for x in row[name]] for name, kind in FIELDS.items())
-            if not all(0 <= x < tokenizer.vocab_size for x in ids + prompt_ids) or len(logp) != len(ids) or not prompt_ids:
+            if not all(0 <= x < tokenizer.vocab_size for x in ids + prompt_ids) or len(logp) != len(ids):
                 raise ValueError("its ids are not this tokenizer's, or not one log-probability each")
+            if not ids or not prompt_ids:
+                raise ValueError("its prompt or its response is empty")
             if not parsable(str(row["answer"])):
                 raise ValueError(f"gold answer {row['answer']!r} cannot be parsed")
             problem = Problem(row["problem"], str(row["answer"]), str(row["unique_id"]), row.get("level"))

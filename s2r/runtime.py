@@ -1,6 +1,6 @@
 """What the three scripts share around their loops: flags, errors, device, model folder, signals, the optimizer's step.
 
-Called by the scripts. The folder that a training run writes is in `s2r/checkpoint.py`.
+Called by the scripts, and for errors by the `python -m s2r.*` commands. The folder that a training run writes is in `s2r/checkpoint.py`.
 """
 
 import argparse
@@ -102,6 +102,13 @@ def positive(cfg, *names: str) -> None:
     for name in names:
         if not getattr(cfg, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: give a number above 0")
+
+
+def not_negative(cfg, *names: str) -> None:
+    """Raises ValueError for the first of these settings that is below 0."""
+    for name in names:
+        if not getattr(cfg, name) >= 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: give 0 or more")
 
 
 def pick(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:

@@ -22,7 +22,8 @@ import math
 from dataclasses import replace
 
 from s2r.config import ModelConfig
-from s2r.memory import GB, PREFILL, Job, cache, on_host, peak, report, total
+from s2r.generate import PREFILL
+from s2r.memory import GB, Job, cache, on_host, peak, report, total
 
 # L, D, F, H, G, V, tied head, bias (Qwen2), context: config.json of these models at huggingface.co.
 PUBLIC = {

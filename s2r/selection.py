@@ -2,9 +2,9 @@
 
     python -m s2r.selection --rollouts ROLLOUTS.jsonl --out PROBLEMS.jsonl      problems for RL, by sampled accuracy
 
-A problem that is always solved, or never, teaches nothing: all its rollouts have the reward of their baseline (paper
-§2.4, App. F). Reads what `sample.py --n 8 --temperature 0.7 --out` writes. Called by `train_rl.py --offline`, which
-trains on the recorded rollouts themselves and is choosier (`fault`).
+A problem that is always solved, or never, teaches nothing: at the outcome level all its rollouts have the
+reward of their baseline (paper §2.4, App. F). Reads what `sample.py --n 8 --temperature 0.7 --out` writes. Called by
+`train_rl.py --offline`, which trains on the recorded rollouts themselves and is choosier (`fault`).
 """
 
 import argparse

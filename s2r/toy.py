@@ -347,4 +347,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from s2r.runtime import command  # which imports this module
+
+    command(main)

@@ -140,8 +140,8 @@ def local_model(
     where, compute = runtime.pick(device, dtype)
     model, tokenizer = runtime.load(folder, where, compute)
 
-    def replies(questions: Sequence[str]) -> Iterator[tuple[int, str]]:
-        """(index, reply) of each question that leaves room in the model's context."""
+    def replies(questions: Sequence[str], step: int) -> Iterator[tuple[int, str]]:
+        """(index, reply) of each question that leaves room in the model's context; `step` is of the random stream."""
         prompts = [tokenizer.chat([{"role": "user", "content": question}]) for question in questions]
         fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < model.config.max_positions]
         rollouts = generate(
@@ -151,6 +151,7 @@ def local_model(
             max_new_tokens=max_new_tokens,
             stop_ids=tokenizer.stop_ids,
             seed=seed,
+            step=step,
         )
         for i, rollout in zip(fitting, rollouts):
             yield i, tokenizer.decode(rollout.ids[:-1] if rollout.finished else rollout.ids)
@@ -158,8 +159,8 @@ def local_model(
     def verify(todo: Sequence[Wanted]) -> Iterator[tuple[Wanted, str]]:
         for first in range(0, len(todo), batch):
             part = todo[first : first + batch]
-            checked = [(part[i], check) for i, check in replies([item.question(style) for item in part])]
-            for i, text in replies([item.rewording(check) for item, check in checked]):
+            checked = [(part[i], check) for i, check in replies([item.question(style) for item in part], 2 * first)]
+            for i, text in replies([item.rewording(check) for item, check in checked], 2 * first + 1):
                 yield checked[i][0], text
 
     return verify

@@ -96,6 +96,17 @@ def test_build_takes_the_first_true_verification_and_counts_answers_without_any(
     assert counts["verification: none of this answer"] == 1
 
 
+def test_build_takes_another_right_sample_where_one_has_no_true_verification():
+    def long(problem: str, answer: str) -> list[str]:
+        return [f"{'4 times ' * 9}{answer}. {VERDICT_SENTENCE['correct']}"]
+
+    samples = rows("34", "34", "34", "34")
+    samples[2]["text"] = "word " * 30 + samples[2]["text"]  # the one solution that is longer than its check
+    for seed in range(5):
+        steps = behavior.build(samples, long, random.Random(seed), Counter(), True)
+        assert kinds(steps) == [True, "correct"] and steps[0]["text"] == samples[2]["text"]
+
+
 @pytest.mark.parametrize("check, solution, why", [
     ("4*34=136. {}", "x" * 99, None),
     ("4*34=136. {}", "x" * 20, "longer than the solution"),
@@ -182,6 +193,12 @@ def test_main_takes_a_verification_file(tmp_path, capsys):
     (example,) = load_trajectories(tmp_path / "t.jsonl")
     assert [step["text"] for step in example.trajectory[1::2]] == [f"B. {wrong}", f"A. {right}"]
     assert "1  verification: longer than the solution" in capsys.readouterr().out
+
+
+def test_main_names_a_file_that_is_not_of_rollouts(tmp_path):
+    write_jsonl(tmp_path / "p.jsonl", [{"unique_id": "p", "problem": PROBLEM, "answer": "34"}])
+    with pytest.raises(ValueError, match="p.jsonl: a row has no '.*'; give a file that sample.py"):
+        behavior.main(["--rollouts", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "t.jsonl")])
 
 
 def test_main_without_any_trajectory_says_so_and_writes_nothing(tmp_path):

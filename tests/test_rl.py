@@ -319,7 +319,7 @@ def gradient(script, cfg, monkeypatch) -> torch.Tensor:
     model than the policy, so that every term of the loss has a part in it."""
     found, load = [], runtime.load
 
-    def other_reference(folder, device, dtype, train=False):
+    def other_reference(folder, device, dtype, train=False, spread=None):
         model, tokenizer = load(folder, device, dtype, train=train)
         if not train:
             generator = torch.Generator().manual_seed(1)

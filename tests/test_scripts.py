@@ -388,7 +388,18 @@ def test_prompt_longer_than_the_context_is_named_before_anything_runs(name, refu
 
 
 def test_no_example_within_max_length_is_an_error(refused, world):
-    assert f"{world.trajectories}: no example is within --max-length 20" in refused("train_sft", max_length=20)
+    assert f"{world.trajectories}: no example is within 20 tokens" in refused("train_sft", max_length=20)
+
+
+@pytest.mark.parametrize(("name", "setting"), [
+    ("train_sft", "warmup"), ("train_sft", "kl"), ("train_rl", "warmup"), ("train_rl", "beta"), ("sample", "temperature")])
+def test_negative_settings_are_named(name, setting, refused):
+    assert f"--{setting} -1: give 0 or more" in refused(name, **{setting: -1})
+
+
+def test_a_problem_asked_has_no_report_and_without_an_answer_no_judged_page(refused, tmp_path):
+    assert "--report is of a data set" in refused("sample", ask="1+1?", answer="2", report=tmp_path / "r.json")
+    assert "needs --answer" in refused("sample", ask="1+1?", html=tmp_path / "p.html")
 
 
 @pytest.mark.parametrize("name", ["train_sft", "train_rl"])

@@ -94,6 +94,14 @@ def test_offline_baseline_by_position_and_by_context_within_bins_of_accuracy():
     assert by_context == [pytest.approx(row) for row in ([-1 / 3, 1], [-1 / 3, 0, 1], [-1 / 3, 0], [1, -1])]
 
 
+def test_a_bin_of_accuracy_holds_its_lower_end():
+    """Whatever 0.6 / 0.2 is in floating point."""
+    for share in (0.2, 0.4, 0.6, 0.8):
+        below, above = share - 0.1, share + 0.1
+        found = rl.offline_baseline([[1.0], [-1.0], [-1.0]], [share, above, below], "position")
+        assert found == [[0.0], [0.0], [-1.0]]
+
+
 def test_offline_credit_at_the_outcome_level_is_a_mean_over_the_bin(tokenizer):
     group = [of(name, code, tokenizer) for name, code in (("a", "+c"), ("a", "-i"), ("b", "-i"), ("c", "+c"))]
     credits = rl.offline_credit(group, "outcome", [0.5, 0.5, 0.5, 0.7], "context")
@@ -111,12 +119,12 @@ def test_load_rollouts_gives_back_what_was_written(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("field, value", [
-    ("ids", None), ("ids", [10**6]), ("ids", ["x"]), ("ids", [-1]), ("logp", [0.0]), ("prompt_ids", []),
+    ("ids", None), ("ids", [10**6]), ("ids", ["x"]), ("ids", [-1]), ("logp", [0.0]), ("prompt_ids", []), (("ids", "logp"), []),
     ("answer", ""), ("temperature", "warm"), ("problem", None),
 ])  # fmt: skip
 def test_load_rollouts_names_the_row_it_cannot_use(field, value, tokenizer, tmp_path):
     row = of("p", "+c", tokenizer).to_row()
-    broken = row | {field: value}
+    broken = row | ({field: value} if isinstance(field, str) else dict.fromkeys(field, value))
     if value is None:
         del broken[field]
     write_jsonl(tmp_path / "r.jsonl", [row, broken])
