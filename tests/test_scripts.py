@@ -394,7 +394,8 @@ def test_no_example_within_max_length_is_an_error(refused, world):
 @pytest.mark.parametrize(("name", "setting"), [
     ("train_sft", "warmup"), ("train_sft", "kl"), ("train_rl", "warmup"), ("train_rl", "beta"), ("sample", "temperature")])
 def test_negative_settings_are_named(name, setting, refused):
-    assert f"--{setting} -1: give 0 or more" in refused(name, **{setting: -1})
+    error = refused(name, **{setting: -1})
+    assert error.startswith(f"error: --{setting} -1") and error.endswith(": give 0 or more\n")
 
 
 def test_a_problem_asked_has_no_report_and_without_an_answer_no_judged_page(refused, tmp_path):
