@@ -79,7 +79,7 @@ def generate(
     rows = _Rows(model, prompts, slots, temperature, max_new_tokens, stop_ids, prefill_tokens)
     rollouts, tokens, start = {}, 0, time.perf_counter()
     bar = tqdm(total=len(waiting), unit=" rollouts", disable=not progress)
-    with torch.inference_mode(), model.prepacked(slots), bar:
+    with torch.inference_mode(), torch.cuda.device_of(model.embed), model.prepacked(slots), bar:
         free = list(range(rows.slots))
         while True:
             jobs = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]

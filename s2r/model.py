@@ -149,7 +149,7 @@ class Transformer(nn.Module):
 
     def forward(self, ids: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         """Hidden states (T, D) after the last norm, of packed ids (T,) int64 with borders cu_seqlens (S+1,) int64."""
-        return self._run(ids, positions(cu_seqlens), lambda layer, q, k, v: attention(q, k, v, cu_seqlens))
+        return self._run(ids, positions(cu_seqlens, len(ids)), lambda layer, q, k, v: attention(q, k, v, cu_seqlens))
 
     def prefill(self, ids: torch.Tensor, cu_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys and values of every layer, each (L, T, G, E), of a pack such as `forward` takes, for a cache."""
@@ -160,7 +160,7 @@ class Transformer(nn.Module):
             values.append(v)
             return attention(q, k, v, cu_seqlens)
 
-        self._run(ids, positions(cu_seqlens), attend)
+        self._run(ids, positions(cu_seqlens, len(ids)), attend)
         return torch.stack(keys), torch.stack(values)
 
     def decode(self, ids: torch.Tensor, cache: Cache) -> torch.Tensor:
@@ -344,10 +344,9 @@ class Transformer(nn.Module):
         (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
 
 
-def positions(cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """Position of each packed token in its own sequence, (T,) int64."""
+def positions(cu_seqlens: torch.Tensor, T: int) -> torch.Tensor:
+    """Position of each of T packed tokens in its own sequence, (T,) int64."""
     starts, lengths = cu_seqlens[:-1], cu_seqlens.diff()
-    T = int(cu_seqlens[-1])
     return torch.arange(T, device=cu_seqlens.device) - starts.repeat_interleave(lengths, output_size=T)
 
 

@@ -15,6 +15,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from s2r.model import Transformer
@@ -28,8 +29,6 @@ class Ranks:
         self.rank, self.size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self.device = device
         if self.size > 1 and not dist.is_initialized():
-            if device.type == "cuda":
-                torch.cuda.set_device(device)
             # Ranks wait for the one with the longest rollouts, and for the first while it saves. That one of them is
             # dead is for torchrun to notice, which ends the others, and not for this.
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
@@ -39,10 +38,11 @@ class Ranks:
         if self.size > 1:
             compute = None if model.embed.dtype == model.dtype else model.dtype
             policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+            mesh = init_device_mesh(self.device.type, (self.size,))  # FSDP's own choice is a GPU, wherever there is one
             for block in model.blocks:
-                fully_shard(block, mp_policy=policy)
+                fully_shard(block, mesh=mesh, mp_policy=policy)
             # The root keeps its parameters together after a forward: head and embedding are read outside of it.
-            fully_shard(model, mp_policy=policy)
+            fully_shard(model, mesh=mesh, mp_policy=policy)
 
     def share(self, costs: Sequence[int]) -> list[int]:
         """This rank's part of items with these costs, in rising order: the dearest first, each to the least busy rank."""

@@ -126,6 +126,12 @@ def pick(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
         raise ValueError(f"--device {device}: torch sees no GPU here; use --device cpu")
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    if device.startswith("cuda"):
+        index = int(device.partition(":")[2] or 0)
+        if index >= torch.cuda.device_count():
+            raise ValueError(f"--device {device}: torch sees {torch.cuda.device_count()} GPUs here, the first is cuda:0")
+        device = f"cuda:{index}"
+        torch.cuda.set_device(device)  # streams and CUDA graphs are those of the current device
     return torch.device(device), getattr(torch, dtype)
 
 

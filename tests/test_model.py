@@ -128,7 +128,7 @@ def test_packed_sequence_equals_itself_alone(family, tmp_path):
 
 
 def test_positions_start_again_in_every_sequence():
-    assert positions(torch.tensor([0, 2, 2, 5, 6])).tolist() == [0, 1, 0, 1, 2, 0]
+    assert positions(torch.tensor([0, 2, 2, 5, 6]), 6).tolist() == [0, 1, 0, 1, 2, 0]
 
 
 @torch.no_grad()

@@ -144,6 +144,18 @@ def test_pick_names_a_device_that_is_not_here(device):
         runtime.pick(device, "auto")
 
 
+def test_pick_names_a_gpu_beyond_those_there_are_and_makes_the_one_it_takes_current(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    assert runtime.pick("cuda:1", "auto") == (torch.device("cuda:1"), torch.bfloat16)
+    assert runtime.pick("cuda", "float32") == (torch.device("cuda:0"), torch.float32)
+    assert taken == ["cuda:1", "cuda:0"]
+    with pytest.raises(ValueError, match="--device cuda:2: torch sees 2 GPUs"):
+        runtime.pick("cuda:2", "auto")
+
+
 def test_order_is_a_permutation_by_seed_and_epoch():
     assert sorted(runtime.order(50, 3, 7)) == list(range(50)) and runtime.order(50, 3, 7) == runtime.order(50, 3, 7)
     assert len({tuple(runtime.order(50, seed, epoch)) for seed in range(4) for epoch in range(4)}) == 16

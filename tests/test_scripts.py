@@ -25,9 +25,9 @@ from s2r.trajectory import SYSTEM_PROMPT
 from tiny_model import digest, problem_file, same, steps, tiny_model, trajectory_file
 
 ROOT = Path(__file__).resolve().parents[1]
-SFT = {"batch_size": 8, "lr": 1e-2, "kl": 0.05, "max_length": 400}
+SFT = {"batch_size": 8, "lr": 1e-2, "kl": 0.05, "max_length": 400, "device": "cpu"}
 RL = {"problems": 4, "rollouts": 4, "updates": 2, "steps": 4, "max_new_tokens": 60, "lr": 2e-3, "warmup": 2,
-      "save_every": 2}
+      "save_every": 2, "device": "cpu"}
 
 
 @pytest.fixture(scope="module")
