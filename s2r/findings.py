@@ -1,6 +1,6 @@
 r"""The paper's qualitative findings, tried in the toy world: one command, three seeds, a table and a figure.
 
-    python -m s2r.findings                   under an hour on two cores; what is done is not done again
+    python -m s2r.findings                   about an hour on two cores; what is done is not done again
     pip install matplotlib                   for the figure: an optional dependency of this command alone
 
 A model this small gains little from a second thread, so every stage has one, and as many stages run at a time as there
@@ -186,9 +186,10 @@ def plot(seeds: list[Reports], rewards: dict[str, list[list[float]]], path: Path
         trials.plot(levels, [mean(r[name]["by_level"][level]["trials"] for r in seeds) for level in levels], "o-", label=name)
     trials.set(title="trials by difficulty", xlabel="level")
     trials.legend()
-    accuracy = [[100 * reports[f"sft-{size}"]["accuracy"] for reports in seeds] for size in SIZES]
-    data.errorbar(SIZES, [mean(a) for a in accuracy], [verdict(a)[1] for a in accuracy], fmt="o-")
-    data.set(title="accuracy after SFT", xlabel="trajectories", ylabel="%", xscale="log", xticks=SIZES, xticklabels=SIZES)
+    sizes = {str(size): f"sft-{size}" for size in SIZES} | {"all": "sft"}
+    accuracy = [[100 * reports[name]["accuracy"] for reports in seeds] for name in sizes.values()]
+    data.errorbar(list(sizes), [mean(a) for a in accuracy], [verdict(a)[1] for a in accuracy], fmt="o-")
+    data.set(title="accuracy after two epochs of SFT", xlabel="trajectories", ylabel="%")
     figure.savefig(path, metadata={"Date": None})
 
 
