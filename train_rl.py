@@ -93,7 +93,8 @@ def main(cfg: Config) -> None:
     sampler = Transformer(model.config, dtype, device) if prompts and not alone else model
     answers = [t.prompt_ids + t.ids for t in recorded]
     if ranks.rank == 0:
-        print(memory.report(model.config, memory.job_of(cfg, model, ranks, sequences=answers, prompts=prompts, held_out=len(held_out))))
+        job = memory.job_of(cfg, model, ranks, sequences=answers, prompts=prompts, held_out=len(held_out))
+        print(memory.report(model.config, job))
     stop, watchdog = runtime.Stop(ranks), runtime.Watchdog()
     sampling = {"max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed, "slots": cfg.slots, "stop": stop.asked}
 
@@ -151,7 +152,7 @@ def main(cfg: Config) -> None:
                 (loss * ranks.size).backward()  # the ranks' gradients are averaged, and we want their sum
                 ratios.append(ratio)
                 total += loss.detach()
-            lr = cfg.lr * min(1.0, step / cfg.warmup) if cfg.warmup else cfg.lr
+            lr = cfg.lr * min(1.0, step / max(cfg.warmup, 1))
             clip, loss = cfg.max_grad_norm, total.item()
             norm = runtime.optimizer_step(
                 model, optimizer, run, step=step, lr=lr, clip=clip, loss=loss, what=what, batch=work
@@ -186,7 +187,7 @@ def main(cfg: Config) -> None:
 def recall(cfg: Config, tokenizer: Tokenizer, first: bool) -> tuple[list[Trajectory], list[rl.Credit]]:
     """The rollouts of --offline that are fit to learn from, with their credit over those that are kept.
 
-    Raises ValueError for rollouts of another temperature and when too few are left.
+    The `first` rank says what was dropped and why. Raises ValueError for rollouts of another temperature and when too few are left.
     """
     trajectories = load_rollouts(cfg.offline, tokenizer)
     for t in trajectories:

@@ -111,7 +111,7 @@ def main(cfg: Config) -> None:
             (loss * ranks.size).backward()  # the ranks' gradients are averaged, and we want their sum
             total += loss.item()
             nll -= logp.sum().item() / tokens
-        lr = cfg.lr * min(1.0, step / cfg.warmup) if cfg.warmup else cfg.lr
+        lr = cfg.lr * min(1.0, step / max(cfg.warmup, 1))
         clip, what = cfg.max_grad_norm, f"examples {batch}"
         norm = runtime.optimizer_step(
             model, optimizer, run, step=step, lr=lr, clip=clip, loss=total, what=what, batch=packs

@@ -107,29 +107,30 @@ def build(
         counts["problem: no right sample"] += 1
         return None
 
-    attempts = []  # wrong ones, pairwise distinct, then the right one; each with its verification
     k = trials(len(samples) - len(right), len(samples))
     rng.shuffle(wrong)
     wrong = [wrong[i] for i in distinct([answer for _, answer in wrong])]
     right.insert(0, right.pop(rng.randrange(len(right))))  # the others only if there is no true check of this one
-    for (text, answer), truth in [*((x, "incorrect") for x in wrong), *((x, "correct") for x in right)]:
-        if attempts and attempts[-1][2] == "correct":
-            break
+
+    def attempt(text: str, answer: str, truth: str) -> tuple[str, str, str] | None:
+        """A solve with a verification that is true; None if there is none."""
         checks = verify(problem, answer)
         faults = [fault(check, truth, text if short else None) for check in checks]
         counts.update(f"verification: {reason}" for reason in faults if reason)
-        if None in faults:
-            attempts.append((text, checks[faults.index(None)], truth))
-        elif not checks:
+        if not checks:
             counts["verification: none of this answer"] += 1
-    if not attempts or attempts[-1][2] != "correct":
+        return (text, checks[faults.index(None)], truth) if None in faults else None
+
+    failed = [found for x in wrong if (found := attempt(*x, "incorrect"))]
+    final = next((found for x in right if (found := attempt(*x, "correct"))), None)
+    if final is None:
         counts["problem: no true verification of the right answer"] += 1
         return None
-    if len(attempts) < k:
+    if len(failed) + 1 < k:
         counts["problem: fewer distinct wrong answers than its difficulty asks for"] += 1
 
     steps = []
-    for text, check, truth in attempts[:-1][: k - 1] + attempts[-1:]:
+    for text, check, truth in [*failed[: k - 1], final]:
         steps.append({"kind": "solve", "text": text.strip(), "correct": truth == "correct"})
         steps.append({"kind": "verify", "text": check, "verdict": truth})
     return steps

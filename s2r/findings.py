@@ -1,6 +1,6 @@
 r"""The paper's qualitative findings, tried in the toy world: one command, three seeds, a table and a figure.
 
-    python -m s2r.findings                   about an hour on two cores; what is done is not done again
+    python -m s2r.findings                   took 75 minutes on two busy cores; what is done is not done again
     pip install matplotlib                   for the figure: an optional dependency of this command alone
 
 A model this small gains little from a second thread, so every stage has one, and as many stages run at a time as there
@@ -40,8 +40,8 @@ def stages(folder: str, seed: int) -> dict[str, tuple[list[str], list[str]]]:
     made[solving] = [samples], [*made[trajectories][1], "--style", "solving", "--out", solving]
     made[rollouts] = (
         [train, sft],
-        ["sample.py", "--model", sft, "--data", train, "--limit", "1000", "--n", "8", "--temperature", "0.7", "--show", "0",
-         "--out", rollouts, *s],
+        ["sample.py", "--model", sft, "--data", train, "--limit", "1000", "--n", "8", "--temperature", "0.7",
+         "--show", "0", "--out", rollouts, *s],
     )  # fmt: skip
     models = {
         "sft-unmasked": (trajectories, ["train_sft.py", "--data", trajectories, "--unmasked"]),
@@ -66,7 +66,10 @@ def stages(folder: str, seed: int) -> dict[str, tuple[list[str], list[str]]]:
 
 
 def make_all(folders: dict[str, dict]) -> None:
-    """Make all outputs of all seeds, {seed's folder: its stages}, a stage on every core. Raises ValueError like `toy.make`."""
+    """Make all outputs of all seeds, {seed's folder: its stages}, a stage on every core.
+
+    Raises ValueError like `toy.make`, of the first stage that fails; what then runs is awaited, what waits is dropped.
+    """
     begun: dict[tuple[str, ...], Future] = {}  # command -> its run
     with ThreadPoolExecutor(os.cpu_count()) as pool:
 
@@ -208,7 +211,8 @@ def main() -> None:
     if flags.seeds < 2:
         raise ValueError(f"--seeds {flags.seeds}: a standard error needs two or more")
     os.environ["OMP_NUM_THREADS"] = "1"  # of the stages
-    folders = {folder: stages(folder, seed) for seed in range(flags.seeds) for folder in [f"{flags.folder}/seed-{seed}"]}
+    names = [f"{flags.folder}/seed-{seed}" for seed in range(flags.seeds)]
+    folders = {folder: stages(folder, seed) for seed, folder in enumerate(names)}
     make_all(folders)
     seeds, rewards = [], {"rl-outcome": [], "rl-process": []}
     for folder, made in folders.items():

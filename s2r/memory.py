@@ -195,8 +195,8 @@ def decoding(c: ModelConfig, job: Job) -> float:
 def on_host(c: ModelConfig, job: Job, processes: int) -> float:
     """Bytes of memory of a GPU machine that runs the first `processes` of the ranks.
 
-    The first rank gathers weights and optimizer to save them; of several ranks' parts it makes a copy to write. There
-    --offload keeps the optimizer's state in parts, alone it is the one that is saved.
+    The first rank gathers fp32 weights and optimizer to save them, 12 bytes per weight, and of several ranks' parts it
+    makes a model to write. What --offload keeps here is the very state that one process saves; several gather it anew.
     """
     P = total(c)
     if job.ranks == 1:

@@ -44,7 +44,8 @@ def summarize(trajectories: Sequence) -> dict:
     """The metrics above of judged responses, each an object with `.actions`, `.finished`, `.ids`, `.problem.level`.
 
     A verify is held against the nearest solve before it; one before any solve has nothing to be right about and counts
-    in `va`, `va_by_trial` and `no_verdict` alone, as wrong. A response without a solve is wrong, first and last, with 0 trials.
+    in `va`, `va_by_trial` and `no_verdict` alone, as wrong. A response without a solve is wrong, first and last, with 0
+    trials.
     """
     first, last, trials, no_answer = [], [], [], []
     checks = []  # of each verify: the verdict that would be true, None before any solve, and the verdict given

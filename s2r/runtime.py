@@ -1,6 +1,7 @@
 """What the three scripts share around their loops: flags, errors, device, model folder, signals, the optimizer's step.
 
-Called by the scripts, and for errors by the `python -m s2r.*` commands. The folder that a training run writes is in `s2r/checkpoint.py`.
+Called by the scripts, and for errors by the `python -m s2r.*` commands. The folder that a training run writes is in
+`s2r/checkpoint.py`.
 """
 
 import argparse
@@ -114,7 +115,7 @@ def not_negative(cfg, *names: str) -> None:
 def pick(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     """Device and compute dtype by name; "auto" is the GPU if there is one, and bf16 there, fp32 on a CPU.
 
-    Raises ValueError for a device that is not here.
+    A GPU becomes the current device. Raises ValueError for a device that is not here.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -140,7 +141,8 @@ def load(
 ) -> tuple[Transformer, Tokenizer]:
     """Model and tokenizer of a folder; to train, the weights are kept in fp32, whatever the compute dtype.
 
-    `spread` as `Transformer.from_pretrained` takes it. Raises ValueError when the tokenizer has ids that the embedding does not.
+    `spread` as `Transformer.from_pretrained` takes it. Raises ValueError when the tokenizer has ids that the embedding
+    does not.
     """
     toy.ensure(folder)
     tokenizer = Tokenizer.from_pretrained(folder)

@@ -302,7 +302,8 @@ def ensure(path: str) -> None:
 def make(path: str, made: dict[str, tuple[list[str], list[str]]], screen: TextIO | None = None) -> None:
     """Make `path` if it is an output of one of these stages and not there, and before it whatever it needs.
 
-    What the stages print goes to `screen`. Raises ValueError when a stage fails, and under torchrun, where nothing is made.
+    What the stages print goes to `screen`. Raises ValueError when a stage fails, and under torchrun, where nothing is
+    made.
     """
     stage = {Path(output): stage for output, stage in made.items()}.get(Path(path))
     if stage is None or Path(path).is_file() or (Path(path) / "model.safetensors").is_file():
