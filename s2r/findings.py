@@ -3,8 +3,7 @@ r"""The paper's qualitative findings, tried in the toy world: one command, three
     python -m s2r.findings                   took 75 minutes on two busy cores; what is done is not done again
     pip install matplotlib                   for the figure: an optional dependency of this command alone
 
-A model this small gains little from a second thread, so every stage has one, and as many stages run at a time as there
-are cores. What a stage prints is in FOLDER/seed-N/log.txt.
+A stage runs on every core (`toy.make_all`); what they print is in FOLDER/seed-N/log.txt.
 
 Every finding is a difference that the paper says is positive, taken for each seed and averaged. It holds when the mean
 is more than two standard errors (over seeds) above zero, fails when it is as far below, and is undecided in between. A
@@ -14,11 +13,10 @@ own toy defaults: nothing is tuned per finding.
 
 import argparse
 import json
-import os
+import math
 import subprocess
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from itertools import islice, zip_longest
+from itertools import islice
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -27,21 +25,23 @@ from tqdm import tqdm
 from s2r import runtime, toy
 
 SIZES = (50, 100, 200, 400)  # SFT trajectories, for data efficiency
+SFT_STEPS = 98  # about as many optimizer steps as two epochs of all trajectories are
 STAGES = ("base", "sft", "rl-outcome", "rl-process")
 Reports = dict[str, dict]  # of one seed: name of the model -> what sample.py --report wrote
 
 
-def stages(folder: str, seed: int) -> dict[str, tuple[list[str], list[str]]]:
+def stages(folder: str, seed: int) -> toy.Stages:
     """Those of `toy.stages`, and what the ablations need: a report FOLDER/NAME.json for every model FOLDER/NAME."""
     made, s = toy.stages(folder, seed), ["--seed", str(seed)]
     train, test, sft = f"{folder}/train.jsonl", f"{folder}/test.jsonl", f"{folder}/sft"
     samples, trajectories = f"{folder}/base.rollouts.jsonl", f"{folder}/trajectories.jsonl"
+    evaluate = ["sample.py", "--max-new-tokens", "320"]
     solving, rollouts = f"{folder}/trajectories-solving.jsonl", f"{folder}/sft.rollouts.jsonl"
     made[solving] = [samples], [*made[trajectories][1], "--style", "solving", "--out", solving]
     made[rollouts] = (
         [train, sft],
         ["sample.py", "--model", sft, "--data", train, "--limit", "1000", "--n", "8", "--temperature", "0.7",
-         "--show", "0", "--out", rollouts, *s],
+         "--max-new-tokens", "320", "--show", "0", "--out", rollouts, *s],
     )  # fmt: skip
     models = {
         "sft-unmasked": (trajectories, ["train_sft.py", "--data", trajectories, "--unmasked"]),
@@ -50,47 +50,20 @@ def stages(folder: str, seed: int) -> dict[str, tuple[list[str], list[str]]]:
     for size in SIZES:
         few = f"{folder}/trajectories-{size}.jsonl"
         made[few] = [trajectories], ["-m", "s2r.findings", "--head", str(size), trajectories, few]
-        models[f"sft-{size}"] = few, ["train_sft.py", "--data", few]
+        epochs = round(SFT_STEPS / math.ceil(size / 32))
+        models[f"sft-{size}"] = few, ["train_sft.py", "--data", few, "--epochs", str(epochs)]
     for level in ("outcome", "process"):
         command = ["train_rl.py", "--model", sft, "--offline", rollouts, "--level", level]
         models[f"offline-{level}"] = rollouts, command
     for name, (data, command) in models.items():
         model, report = f"{folder}/{name}", f"{folder}/{name}.json"
         made[model] = [data], [*command, "--out", model, *s]
-        made[report] = [test, model], ["sample.py", "--model", model, "--data", test, "--report", report]
+        made[report] = [test, model], [*evaluate, "--model", model, "--data", test, "--report", report]
     longer = f"{folder}/longer.jsonl"
     for name in STAGES:
         model, report = toy.BASE if name == "base" else f"{folder}/{name}", f"{folder}/{name}-longer.json"
-        made[report] = [longer], ["sample.py", "--model", model, "--data", longer, "--report", report]
+        made[report] = [longer], [*evaluate, "--model", model, "--data", longer, "--report", report]
     return made
-
-
-def make_all(folders: dict[str, dict]) -> None:
-    """Make all outputs of all seeds, {seed's folder: its stages}, a stage on every core.
-
-    Raises ValueError like `toy.make`, of the first stage that fails; what then runs is awaited, what waits is dropped.
-    """
-    begun: dict[tuple[str, ...], Future] = {}  # command -> its run
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-
-        def run(output: str, made: dict, log: Path) -> None:
-            for need in made[output][0]:
-                if need in made:
-                    begun[tuple(made[need][1])].result()
-            log.parent.mkdir(parents=True, exist_ok=True)
-            with log.open("a") as screen:
-                toy.make(output, made, screen)
-
-        # Stage by stage, not seed by seed: a worker then seldom waits, and only for what another has begun before.
-        for row in zip_longest(*([(folder, output) for output in made] for folder, made in folders.items())):
-            for folder, output in filter(None, row):
-                command = tuple(folders[folder][output][1])
-                if command not in begun:
-                    begun[command] = pool.submit(run, output, folders[folder], Path(folder, "log.txt"))
-        for done in tqdm(as_completed(begun.values()), total=len(begun), desc="stages"):
-            if done.exception():
-                pool.shutdown(cancel_futures=True)
-                raise done.exception()
 
 
 def gain(metric: str, after: str, before: str) -> Callable[[Reports], float]:
@@ -128,7 +101,7 @@ FINDINGS = (  # what the paper says, its numbers (Qwen2.5-Math-7B; MATH500 where
     ("offline process RL beats SFT: accuracy", "81.6 → 83.4", gain("accuracy", "offline-process", "sft")),
     ("problem-solving checks lean towards “correct”: VA on right − wrong answers, against confirmative",
      "14.8 → 34.5", lambda reports: bias("sft-solving")(reports) - bias("sft")(reports)),
-    (f"more SFT data, and steps, help: all trajectories against {SIZES[0]}", "–", gain("accuracy", "sft", f"sft-{SIZES[0]}")),
+    (f"more SFT data help, steps alike: all trajectories against {SIZES[0]}", "–", gain("accuracy", "sft", f"sft-{SIZES[0]}")),
 )  # fmt: skip
 
 
@@ -192,7 +165,7 @@ def plot(seeds: list[Reports], rewards: dict[str, list[list[float]]], path: Path
     sizes = {str(size): f"sft-{size}" for size in SIZES} | {"all": "sft"}
     accuracy = [[100 * reports[name]["accuracy"] for reports in seeds] for name in sizes.values()]
     data.errorbar(list(sizes), [mean(a) for a in accuracy], [verdict(a)[1] for a in accuracy], fmt="o-")
-    data.set(title="accuracy after two epochs of SFT", xlabel="trajectories", ylabel="%")
+    data.set(title=f"accuracy after {SFT_STEPS} steps of SFT", xlabel="trajectories", ylabel="%")
     figure.savefig(path, metadata={"Date": None})
 
 
@@ -210,10 +183,11 @@ def main() -> None:
         return
     if flags.seeds < 2:
         raise ValueError(f"--seeds {flags.seeds}: a standard error needs two or more")
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the stages
     names = [f"{flags.folder}/seed-{seed}" for seed in range(flags.seeds)]
     folders = {folder: stages(folder, seed) for seed, folder in enumerate(names)}
-    make_all(folders)
+    commands = {tuple(command) for made in folders.values() for _, command in made.values()}
+    for _ in tqdm(toy.make_all(folders), total=len(commands), desc="stages"):
+        pass
     seeds, rewards = [], {"rl-outcome": [], "rl-process": []}
     for folder, made in folders.items():
         reports = [Path(output) for output in made if output.endswith(".json")]

@@ -78,7 +78,7 @@ def generate(
     slots = min(slots, len(waiting))
     rows = _Rows(model, prompts, slots, temperature, max_new_tokens, stop_ids, prefill_tokens)
     rollouts, tokens, start = {}, 0, time.perf_counter()
-    bar = tqdm(total=len(waiting), unit=" rollouts", disable=not progress)
+    bar = tqdm(total=len(waiting), unit=" rollouts", delay=5, disable=not progress)  # s
     # A CUDA graph is captured on the current device.
     with torch.inference_mode(), torch.cuda.device_of(model.embed), model.prepacked(slots), bar:
         free = list(range(rows.slots))

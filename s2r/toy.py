@@ -16,7 +16,8 @@ The base model is a 0.9 M parameter Llama that has learnt the parts and not the 
 another number than those that were named before. It has never seen a text check itself. Stages 0 to 2 teach it to
 check and to correct, with the same three scripts that train a large model: `stages` lists the commands. Departs from
 the paper: verifications come from a rule (`verify`), not from GPT-4; the chat template leaves out the system prompt, to
-keep sequences short; and trajectories with one trial are kept in full, because they are the rare ones here.
+keep sequences short; and trajectories with three and four trials are nearly all left out, so that there is
+something left for RL to find out: that a second answer may be as wrong as the first, and that one may then go on.
 """
 
 import argparse
@@ -28,7 +29,11 @@ import subprocess
 import sys
 import time
 import zlib
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TextIO
 
@@ -62,7 +67,7 @@ DIVISORS = range(2, 10)
 LEVELS = {1: 2, 2: 3, 3: 4}  # difficulty of a problem -> how many numbers it names
 NUMBERS = (2, 3, 4, 5)  # how many numbers a question of the pretraining names, all as often
 DIGITS = 4  # of each number
-KEEP = ("1", "0.25", "0.25", "0.5")  # share of the trajectories with 1, 2, 3, 4 trials: first answers are wrong more often
+KEEP = ("1", "0.5", "0.01", "0.02")  # share of the trajectories with 1, 2, 3, 4 trials: SFT shows one retry, hardly ever two
 
 
 # ---- the world: questions and checks ----
@@ -163,9 +168,9 @@ def verify(problem: str, answer: str | None, style: str = "confirmative") -> tup
 def document(rng: random.Random) -> list[tuple[str, int]]:
     """One pretraining text in pieces (text, weight of its tokens in the loss).
 
-    Some are a chat, question and right answer. The others are plain: people try the numbers named, in half of them
-    never one twice, until one is right, and some divide. None of it looks like a verification. Questions are context,
-    weight 0; right answers weigh most, because they are the hardest to learn.
+    Some are a chat, question and right answer. The others are plain: people try the numbers named until one is right, in
+    four of five never one twice, and often divide what they have just said. None of it looks like a verification.
+    Questions are context, weight 0; right answers weigh most, because they are the hardest to learn.
     """
     q = question(rng)
     if rng.random() < 0.6:
@@ -175,12 +180,12 @@ def document(rng: random.Random) -> list[tuple[str, int]]:
     if rng.random() < 0.5:
         text.append((f"The numbers are {', '.join(map(str, q.xs))}.\n", 1))
     tries = rng.randrange(len(q.xs))
-    for y in [*(rng.choices(wrong, k=tries) if rng.random() < 0.5 else rng.sample(wrong, tries)), q.x]:
+    for y in [*(rng.choices(wrong, k=tries) if rng.random() < 0.2 else rng.sample(wrong, tries)), q.x]:
         text.append((solve(y) + "\n", 3 if y == q.x else 1))
-        if rng.random() < 0.3:
-            y = rng.choice((y, y, rng.randrange(10 ** (DIGITS - 1), 10**DIGITS)))
-            asked, steps = divide(q.a, y).split(": ")
-            text += [(asked, 0), (f": {steps}\n", 1)]
+        if rng.random() < 0.5:
+            drill = rng.random() < 0.25  # a number from nowhere, which nobody could foresee
+            asked, steps = divide(q.a, rng.randrange(10 ** (DIGITS - 1), 10**DIGITS) if drill else y).split(": ")
+            text += [(asked, 0 if drill else 1), (f": {steps}\n", 1)]
     return [*text, ("<|endoftext|>", 1)]
 
 
@@ -269,8 +274,11 @@ def pretrain(folder: Path, steps: int, seed: int) -> None:
 
 # ---- the stages ----
 
-def stages(folder: str = RUNS, seed: int = 0) -> dict[str, tuple[list[str], list[str]]]:
-    """output -> (outputs it needs, command that makes it), in running order. Flags left out are the scripts' own."""
+Stages = dict[str, tuple[list[str], list[str]]]  # output → (outputs it needs, command that makes it), in running order
+
+
+def stages(folder: str = RUNS, seed: int = 0) -> Stages:
+    """The stages of the toy world. Flags left out are the scripts' own."""
     at = {name: f"{folder}/{Path(name).name}" for name in (TRAIN, TEST, LONGER, ROLLOUTS, TRAJECTORIES, SFT, RL, RL_PROCESS)}
     s = ["--seed", str(seed)]
     problems = ["-m", "s2r.toy", "problems", "--folder", folder, *s]
@@ -290,7 +298,7 @@ def stages(folder: str = RUNS, seed: int = 0) -> dict[str, tuple[list[str], list
     for name, model in {"base": BASE, "sft": at[SFT], "rl-outcome": at[RL], "rl-process": at[RL_PROCESS]}.items():
         report = f"{folder}/{name}.json"
         needs = [at[TEST]] + [model] * (model != BASE)
-        made[report] = (needs, ["sample.py", "--model", model, "--data", at[TEST], "--report", report])
+        made[report] = (needs, ["sample.py", "--model", model, "--data", at[TEST], "--max-new-tokens", "320", "--report", report])
     return made
 
 
@@ -299,11 +307,11 @@ def ensure(path: str) -> None:
     make(path, stages())
 
 
-def make(path: str, made: dict[str, tuple[list[str], list[str]]], screen: TextIO | None = None) -> None:
+def make(path: str, made: Stages, log: TextIO | None = None) -> None:
     """Make `path` if it is an output of one of these stages and not there, and before it whatever it needs.
 
-    What the stages print goes to `screen`. Raises ValueError when a stage fails, and under torchrun, where nothing is
-    made.
+    Stages have the terminal, or write to `log` (see `run`). Raises ValueError when a stage fails, and under torchrun,
+    where nothing is made.
     """
     stage = {Path(output): stage for output, stage in made.items()}.get(Path(path))
     if stage is None or Path(path).is_file() or (Path(path) / "model.safetensors").is_file():
@@ -312,13 +320,60 @@ def make(path: str, made: dict[str, tuple[list[str], list[str]]], screen: TextIO
         raise ValueError(f"{path} does not exist yet; make it in one process, with python -m s2r.toy, then use torchrun")
     needs, command = stage
     for output in needs:
-        make(output, made, screen)
-    print("\n$ python", *command, file=screen, flush=True)
+        make(output, made, log)
+    print("\n$ python", *command, file=log, flush=True)
     start = time.perf_counter()
-    if subprocess.run([sys.executable, *command], stdout=screen, stderr=screen).returncode:
-        where = f"see {screen.name}" if screen else "above"
+    if run(command, Path(path).name, log):
+        where = "above" if log in (None, sys.stdout) else f"see {log.name}"
         raise ValueError(f"the stage that makes {path} failed ({where}); if {path} is left of an earlier run, delete it")
-    print(f"{path}: {time.perf_counter() - start:.0f} s", file=screen, flush=True)
+    print(f"{path}: {time.perf_counter() - start:.0f} s", file=log, flush=True)
+
+
+def run(command: list[str], name: str, log: TextIO | None) -> int:
+    """Exit status of python with these arguments.
+
+    With a `log` it has company: it gets one thread, which is all that a model this small can use, and what it prints
+    goes there line by line behind its `name`, progress every ten seconds.
+    """
+    command = [sys.executable, *command]
+    if log is None:
+        return subprocess.run(command).returncode
+    alone = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "10"}
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    with subprocess.Popen(command, env=alone, **pipe) as process:
+        for line in filter(str.strip, process.stdout):
+            print(f"{name:>15} │ {line}", end="", file=log, flush=True)
+    return process.returncode
+
+
+def make_all(folders: dict[str, Stages], screen: TextIO | None = None) -> Iterator[Future]:
+    """Make all outputs of {folder: its stages}, a stage on every core; yields each stage's run when it is over.
+
+    What stages print goes to `screen`, or to FOLDER/log.txt. Raises ValueError like `make`, of the first stage that
+    fails; what then runs is awaited, what waits is dropped.
+    """
+    begun: dict[tuple[str, ...], Future] = {}  # command → its run
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+
+        def begin(output: str, made: Stages, folder: Path) -> None:
+            for need in made[output][0]:
+                if need in made:
+                    begun[tuple(made[need][1])].result()
+            folder.mkdir(parents=True, exist_ok=True)
+            with nullcontext(screen) if screen else (folder / "log.txt").open("a") as log:
+                make(output, made, log)
+
+        # Stage by stage, not folder by folder: a worker then seldom waits, and only for what another has begun before.
+        for row in zip_longest(*([(folder, output) for output in made] for folder, made in folders.items())):
+            for folder, output in filter(None, row):
+                command = tuple(folders[folder][output][1])
+                if command not in begun:
+                    begun[command] = pool.submit(begin, output, folders[folder], Path(folder))
+        for done in as_completed(begun.values()):
+            if done.exception():
+                pool.shutdown(cancel_futures=True)
+                raise done.exception()
+            yield done
 
 
 def main() -> None:
@@ -335,8 +390,8 @@ def main() -> None:
         pretrain(Path(flags.out), flags.steps, flags.seed)
     else:
         made = stages(flags.folder, flags.seed)
-        for output in made:
-            make(output, made)
+        for _ in make_all({flags.folder: made}, sys.stdout):
+            pass
         reports = [Path(output) for output in made if output.endswith(".json")]
         print(f"\n{TEST}, greedy; shares in per cent (meaning of the columns: s2r/metrics.py)\n")
         print(table({report.stem: json.loads(report.read_text()) for report in reports}))

@@ -1,10 +1,7 @@
 """The findings: what each difference is, when it holds, and that every model it names is made."""
 
 import json
-import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 
@@ -51,44 +48,10 @@ def test_stages_make_what_later_stages_need():
         known.add(output)
 
 
-def test_make_all_runs_each_command_once_after_what_it_needs(tmp_path, monkeypatch):
-    monkeypatch.setattr(findings.os, "cpu_count", lambda: 2)
-    folders = {f"{tmp_path}/{seed}": findings.stages(f"{tmp_path}/{seed}", seed) for seed in range(3)}
-    running, order = set(), []
-
-    def run(command, **screen):
-        running.add(tuple(command))
-        assert len(running) <= 2
-        time.sleep(0.002)
-        running.remove(tuple(command))
-        order.append(tuple(command[1:]))
-        assert screen["stdout"].name == screen["stderr"].name
-        return subprocess.CompletedProcess(command, returncode=0)
-
-    monkeypatch.setattr(toy.subprocess, "run", run)
-    monkeypatch.setattr(Path, "is_file", lambda path: made_by.get(str(path)) in order)
-    made_by = {output: tuple(command) for made in folders.values() for output, (_, command) in made.items()}
-    made_by |= {f"{output}/model.safetensors": command for output, command in made_by.items()}
-    findings.make_all(folders)
-    assert sorted(order) == sorted({tuple(c) for made in folders.values() for _, c in made.values()})
-    for made in folders.values():
-        for needs, command in made.values():
-            assert all(order.index(made_by[need]) < order.index(tuple(command)) for need in needs if need in made)
-    assert (tmp_path / "2/log.txt").read_text().count("$ python") == len({tuple(c) for _, c in folders[f"{tmp_path}/2"].values()})
-
-
-def test_make_all_ends_with_the_stage_that_failed(tmp_path):
-    made = {f"{tmp_path}/{name}": ([f"{tmp_path}/a"] * (name != "a"), ["-c", f"print('{name}'); 1 / 0"]) for name in "abc"}
-    with pytest.raises(ValueError, match="a failed .see .*log.txt"):
-        findings.make_all({str(tmp_path): made})
-    log = (tmp_path / "log.txt").read_text()
-    assert "ZeroDivisionError" in log and "print('b')" not in log
-
-
 def test_main_writes_table_and_figure_of_the_reports_that_are_there(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
 
-    def make(output, made, screen):  # what the commands would leave behind
+    def make(output, made, log):  # what the commands would leave behind
         path = tmp_path / output
         path.parent.mkdir(parents=True, exist_ok=True)
         if output.endswith(".json"):

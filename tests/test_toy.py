@@ -2,13 +2,14 @@
 
 import random
 import re
+import time
 from pathlib import Path
 
 import pytest
 
 import s2r  # noqa: F401  (before torch)
 import torch
-from s2r import toy
+from s2r import findings, toy
 from s2r.data import load_problems
 from s2r.generate import generate
 from s2r.grade import equivalent
@@ -189,17 +190,14 @@ def test_stages_make_what_later_stages_need():
 def test_make_runs_what_is_missing_once(tmp_path, monkeypatch):
     folder, commands = str(tmp_path), []
 
-    class Done:
-        returncode = 0
-
-    def run(command, **screen):
-        commands.append(command[1:])
+    def run(command, name, log):
+        commands.append(command)
         output = command[command.index("--out") + 1] if "--out" in command else None
         for path in [output] if output else [f"{folder}/{name}.jsonl" for name in ("train", "test", "longer")]:
             (tmp_path / path).write_text("made")
-        return Done()
+        return 0
 
-    monkeypatch.setattr(toy.subprocess, "run", run)
+    monkeypatch.setattr(toy, "run", run)
     for _ in range(2):
         toy.make(f"{folder}/trajectories.jsonl", toy.stages(folder))
     assert [command[:2] for command in commands] == [["-m", "s2r.toy"], ["sample.py", "--data"], ["-m", "s2r.behavior"]]
@@ -211,6 +209,48 @@ def test_make_reports_a_stage_that_fails(tmp_path):
     (tmp_path / "train.jsonl").write_text("not a problem file\n")
     with pytest.raises(ValueError, match="base.rollouts.jsonl failed"):
         toy.make(f"{tmp_path}/base.rollouts.jsonl", toy.stages(str(tmp_path)))
+
+
+def test_run_labels_the_lines_of_a_stage_that_has_company(tmp_path):
+    script = "import os, sys; print(os.environ['OMP_NUM_THREADS']); print('1\\r2', file=sys.stderr); sys.exit(3)"
+    with (tmp_path / "log.txt").open("w") as log:
+        assert toy.run(["-c", script], "rl-outcome", log) == 3
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert sorted(lines) == [f"     rl-outcome │ {said}" for said in ("1", "1", "2")]
+
+
+def test_make_all_runs_each_command_once_after_what_it_needs(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy.os, "cpu_count", lambda: 2)
+    folders = {f"{tmp_path}/{seed}": findings.stages(f"{tmp_path}/{seed}", seed) for seed in range(3)}
+    running, order = set(), []
+
+    def run(command, name, log):
+        running.add(tuple(command))
+        assert len(running) <= 2
+        time.sleep(0.002)
+        running.remove(tuple(command))
+        order.append(tuple(command))
+        return 0
+
+    monkeypatch.setattr(toy, "run", run)
+    monkeypatch.setattr(Path, "is_file", lambda path: made_by.get(str(path)) in order)
+    made_by = {output: tuple(command) for made in folders.values() for output, (_, command) in made.items()}
+    made_by |= {f"{output}/model.safetensors": command for output, command in made_by.items()}
+    commands = {tuple(c) for made in folders.values() for _, c in made.values()}
+    assert len(list(toy.make_all(folders))) == len(commands)
+    assert sorted(order) == sorted(commands)
+    for made in folders.values():
+        for needs, command in made.values():
+            assert all(order.index(made_by[need]) < order.index(tuple(command)) for need in needs if need in made)
+    assert (tmp_path / "2/log.txt").read_text().count("$ python") == len({tuple(c) for _, c in folders[f"{tmp_path}/2"].values()})
+
+
+def test_make_all_ends_with_the_stage_that_failed(tmp_path):
+    made = {f"{tmp_path}/{name}": ([f"{tmp_path}/a"] * (name != "a"), ["-c", f"print('{name}'); 1 / 0"]) for name in "abc"}
+    with pytest.raises(ValueError, match="a failed .see .*log.txt"):
+        list(toy.make_all({str(tmp_path): made}))
+    log = (tmp_path / "log.txt").read_text()
+    assert "ZeroDivisionError" in log and "│ b" not in log
 
 
 def test_make_makes_nothing_under_torchrun(monkeypatch, tmp_path):
