@@ -31,7 +31,7 @@ class Config:
     model: str = toy.BASE  # Hugging Face folder to start from, π_base
     data: str = toy.TRAJECTORIES  # trajectory file, JSONL
     out: str = toy.SFT  # run folder to write
-    epochs: int = 4  # passes over the data (paper: 3)
+    epochs: int = 3  # passes over the data (paper: 3)
     lr: float = 2e-3  # learning rate after warm-up (paper: 5e-6)
     warmup: int = 5  # steps of linear warm-up (paper: 5)
     batch_size: int = 32  # trajectories per step (paper: 32)

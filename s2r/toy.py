@@ -64,10 +64,10 @@ TEMPLATES = (
 PATTERNS = [re.compile(re.escape(template).replace(r"\{a\}", r"(?P<a>\d+)").replace(r"\{xs\}", r"(?P<xs>\d[\d, or]*)"))
             for template in TEMPLATES]
 DIVISORS = range(2, 10)
-LEVELS = {1: 2, 2: 3, 3: 4}  # difficulty of a problem -> how many numbers it names
+LEVELS = {1: 2, 2: 3, 3: 4, 4: 5}  # difficulty of a problem -> how many numbers it names
 NUMBERS = (2, 3, 4, 5)  # how many numbers a question of the pretraining names, all as often
 DIGITS = 4  # of each number
-KEEP = ("1", "0.25", "0.03", "0.03")  # share of the trajectories with 1, 2, 3, 4 trials: SFT hardly shows a second retry
+KEEP = ("1", "0.5", "0.01", "0.02")  # share of the trajectories with 1, 2, 3, 4 trials: SFT hardly shows a second retry
 
 
 # ---- the world: questions and checks ----
