@@ -23,6 +23,7 @@ from tqdm import tqdm
 from s2r.model import Cache, Transformer
 
 PREFILL = 16_384  # tokens of prompts run through the model at a time
+PATIENCE = 5  # seconds without a progress bar
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def generate(
     slots = min(slots, len(waiting))
     rows = _Rows(model, prompts, slots, temperature, max_new_tokens, stop_ids, prefill_tokens)
     rollouts, tokens, start = {}, 0, time.perf_counter()
-    bar = tqdm(total=len(waiting), unit=" rollouts", delay=5, disable=not progress)  # s
+    bar = tqdm(total=len(waiting), unit=" rollouts", delay=PATIENCE, disable=not progress)
     # A CUDA graph is captured on the current device.
     with torch.inference_mode(), torch.cuda.device_of(model.embed), model.prepacked(slots), bar:
         free = list(range(rows.slots))

@@ -227,9 +227,11 @@ def test_results_come_in_the_order_of_prompts_and_samples():
     assert run(asked=[]) == []
 
 
-def test_progress_is_shown_when_asked_for(capsys):
+def test_progress_is_shown_when_asked_for_and_when_it_takes_its_time(capsys, monkeypatch):
     quiet = run(n=1)
+    assert run(n=1, progress=True) == quiet
     assert capsys.readouterr().err == ""
+    monkeypatch.setattr("s2r.generate.PATIENCE", 0)
     assert run(n=1, progress=True) == quiet
     assert "7/7" in (shown := capsys.readouterr().err) and "tokens/s" in shown
 
