@@ -187,7 +187,8 @@ def main(cfg: Config) -> None:
 def recall(cfg: Config, tokenizer: Tokenizer, first: bool) -> tuple[list[Trajectory], list[rl.Credit]]:
     """The rollouts of --offline that are fit to learn from, with their credit over those that are kept.
 
-    The `first` rank says what was dropped and why. Raises ValueError for rollouts of another temperature and when too few are left.
+    The `first` rank says what was dropped and why. Raises ValueError for rollouts of another temperature and when too
+    few are left.
     """
     trajectories = load_rollouts(cfg.offline, tokenizer)
     for t in trajectories:

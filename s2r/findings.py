@@ -1,6 +1,6 @@
 r"""The paper's qualitative findings, tried in the toy world: one command, three seeds, a table and a figure.
 
-    python -m s2r.findings                   took 75 minutes on two busy cores; what is done is not done again
+    python -m s2r.findings                   what is done is not done again
     pip install matplotlib                   for the figure: an optional dependency of this command alone
 
 A stage runs on every core (`toy.make_all`); what they print is in FOLDER/seed-N/log.txt.
@@ -35,7 +35,6 @@ def stages(folder: str, seed: int) -> toy.Stages:
     made, s = toy.stages(folder, seed), ["--seed", str(seed)]
     train, test, sft = f"{folder}/train.jsonl", f"{folder}/test.jsonl", f"{folder}/sft"
     samples, trajectories = f"{folder}/base.rollouts.jsonl", f"{folder}/trajectories.jsonl"
-    evaluate = ["sample.py", "--max-new-tokens", "320"]
     solving, rollouts = f"{folder}/trajectories-solving.jsonl", f"{folder}/sft.rollouts.jsonl"
     made[solving] = [samples], [*made[trajectories][1], "--style", "solving", "--out", solving]
     made[rollouts] = (
@@ -58,11 +57,11 @@ def stages(folder: str, seed: int) -> toy.Stages:
     for name, (data, command) in models.items():
         model, report = f"{folder}/{name}", f"{folder}/{name}.json"
         made[model] = [data], [*command, "--out", model, *s]
-        made[report] = [test, model], [*evaluate, "--model", model, "--data", test, "--report", report]
+        made[report] = [test, model], [*toy.EVALUATE, "--model", model, "--data", test, "--report", report]
     longer = f"{folder}/longer.jsonl"
     for name in STAGES:
         model, report = toy.BASE if name == "base" else f"{folder}/{name}", f"{folder}/{name}-longer.json"
-        made[report] = [longer], [*evaluate, "--model", model, "--data", longer, "--report", report]
+        made[report] = [longer], [*toy.EVALUATE, "--model", model, "--data", longer, "--report", report]
     return made
 
 

@@ -68,6 +68,7 @@ LEVELS = {1: 2, 2: 3, 3: 4, 4: 5}  # difficulty of a problem -> how many numbers
 NUMBERS = (2, 3, 4, 5)  # how many numbers a question of the pretraining names, all as often
 DIGITS = 4  # of each number
 KEEP = ("1", "0.5", "0.01", "0.02")  # share of the trajectories with 1, 2, 3, 4 trials: SFT hardly shows a second retry
+EVALUATE = ("sample.py", "--max-new-tokens", "320")  # greedy, to the length limit of RL
 
 
 # ---- the world: questions and checks ----
@@ -298,7 +299,7 @@ def stages(folder: str = RUNS, seed: int = 0) -> Stages:
     for name, model in {"base": BASE, "sft": at[SFT], "rl-outcome": at[RL], "rl-process": at[RL_PROCESS]}.items():
         report = f"{folder}/{name}.json"
         needs = [at[TEST]] + [model] * (model != BASE)
-        made[report] = (needs, ["sample.py", "--model", model, "--data", at[TEST], "--max-new-tokens", "320", "--report", report])
+        made[report] = (needs, [*EVALUATE, "--model", model, "--data", at[TEST], "--report", report])
     return made
 
 
