@@ -35,7 +35,9 @@ The release keeps about 0.24 of those with one and 0.5 to 1 of the others.
 
 
 def by_rule(problem: str, answer: str, style: str = "confirmative") -> list[str]:
-    """The toy world's one check in this style."""
+    """The toy world's one check in this style; a confirmative one may be made in haste (`toy.hasty`)."""
+    if style == "confirmative" and toy.hasty(problem, answer):
+        style = "claim"
     return [toy.verify(problem, answer, style)[0]]
 
 

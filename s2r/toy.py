@@ -14,10 +14,14 @@ try another.
 
 The base model is a 0.9 M parameter Llama that has learnt the parts and not the whole: answering, dividing, and naming
 another number than those that were named before. It has never seen a text check itself. Stages 0 to 2 teach it to
-check and to correct, with the same three scripts that train a large model: `stages` lists the commands. Departs from
-the paper: verifications come from a rule (`verify`), not from GPT-4; the chat template leaves out the system prompt, to
-keep sequences short; and trajectories with three and four trials are nearly all left out, so that there is
-something left for RL to find out: that a second answer may be as wrong as the first, and that one may then go on.
+check and to correct, with the same three scripts that train a large model: `stages` lists the commands.
+
+The checks of stage 0 come from a rule, and the rule has a weakness of the models that write them for real: where work is
+tedious, it often says what the work would show and leaves it out (`hasty`). All its verdicts are true, so no filter
+finds that out, and SFT learns to claim as well. Of a model, such a claim is a guess. RL sees which verdicts come true,
+and teaches it to divide.
+
+Departs from the paper also in that the chat template leaves out the system prompt, to keep sequences short.
 """
 
 import argparse
@@ -67,7 +71,8 @@ DIVISORS = range(2, 10)
 LEVELS = {1: 2, 2: 3, 3: 4, 4: 5}  # difficulty of a problem -> how many numbers it names
 NUMBERS = (2, 3, 4, 5)  # how many numbers a question of the pretraining names, all as often
 DIGITS = 4  # of each number
-KEEP = ("1", "0.5", "0.01", "0.02")  # share of the trajectories with 1, 2, 3, 4 trials: SFT hardly shows a second retry
+TEDIOUS = 7  # from this divisor on, the verifications of stage 0 are mostly made in haste
+KEEP = ("1", "0.5", "0.3", "0.3")  # share of the trajectories with 1, 2, 3, 4 trials
 EVALUATE = ("sample.py", "--max-new-tokens", "320")  # greedy, to the length limit of RL
 
 
@@ -142,26 +147,37 @@ def divide(a: int, x: int) -> str:
     return f"Divide {x} by {a}: {', '.join(steps)}. {'Something' if rest else 'Nothing'} remains."
 
 
-def verify(problem: str, answer: str | None, style: str = "confirmative") -> tuple[str, str]:
-    """Verification by rule: its text, and the verdict it comes to.
-
-    Confirmative, it puts the answer back into the problem. In the style "solving", which the paper tried and rejected, it
-    finds the number again and compares. Works for whatever a model may have boxed. Raises ValueError for a problem that
-    is not of this world.
-    """
+def parse(problem: str) -> tuple[int, list[str]]:
+    """a and the numbers named, of a problem's text. Raises ValueError for a problem that is not of this world."""
     found = next(filter(None, (pattern.fullmatch(problem) for pattern in PATTERNS)), None)
     if found is None:
         raise ValueError(f"not a problem of the toy world, so its rule cannot verify answers to it: {problem!r}")
-    a, xs = int(found["a"]), re.findall(r"\d+", found["xs"])
+    return int(found["a"]), re.findall(r"\d+", found["xs"])
+
+
+def verify(problem: str, answer: str | None, style: str = "confirmative") -> tuple[str, str]:
+    """Verification by rule: its text, and the verdict it comes to, which is true.
+
+    Confirmative, it puts the answer back into the problem. In the style "solving", which the paper tried and rejected, it
+    finds the number again and compares; in the style "claim" it shows no work. Works for whatever a model may have boxed.
+    """
+    a, xs = parse(problem)
     if answer not in xs:
         return f"This is not one of the numbers. {VERDICT_SENTENCE['incorrect']}", "incorrect"
     verdict = "incorrect" if int(answer) % a else "correct"
     if style == "solving":
         x = next(x for x in xs if int(x) % a == 0)
         check = f"Solve it again: it is {x}, {'the same number' if x == answer else 'another number'}."
+    elif style == "claim":
+        check = f"This is {'not ' if verdict == 'incorrect' else ''}a multiple of {a}."
     else:
         check = divide(a, int(answer))
     return f"{check} {VERDICT_SENTENCE[verdict]}", verdict
+
+
+def hasty(problem: str, answer: str) -> bool:
+    """Whether stage 0 has a claim in place of this confirmative check: three in four of those by a tedious divisor."""
+    return parse(problem)[0] >= TEDIOUS and zlib.crc32(f"{problem} {answer}".encode()) % 4 > 0
 
 
 # ---- the base model: tokenizer, pretraining text, pretraining ----

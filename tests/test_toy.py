@@ -4,12 +4,14 @@ import random
 import re
 import time
 from pathlib import Path
+from statistics import mean
 
 import pytest
 
 import s2r  # noqa: F401  (before torch)
 import torch
 from s2r import findings, toy
+from s2r.behavior import by_rule
 from s2r.data import load_problems
 from s2r.generate import generate
 from s2r.grade import equivalent
@@ -77,6 +79,23 @@ def test_write_problems_makes_files_that_load_and_do_not_overlap(tmp_path):
             assert len(xs) == toy.LEVELS[problem.level]
             assert [toy.verify(problem.problem, str(x))[1] for x in xs].count("correct") == 1
             assert toy.verify(problem.problem, problem.answer)[1] == "correct"
+
+
+def test_hasty_checks_are_claims_about_tedious_divisors_and_true():
+    rng = random.Random(3)
+    share = {a: [] for a in toy.DIVISORS}
+    for _ in range(4000):
+        q = toy.question(rng)
+        answer = str(rng.choice(q.xs))
+        share[q.a].append(toy.hasty(q.text, answer))
+        (check,) = by_rule(q.text, answer)
+        assert check == toy.verify(q.text, answer, "claim" if share[q.a][-1] else "confirmative")[0]
+        assert by_rule(q.text, answer) == [check]
+    for a, hasty in share.items():
+        assert (0.68 < mean(hasty) < 0.82) if a >= 7 else not any(hasty)
+    assert toy.verify(PROBLEM, "3024", "claim") == ("This is a multiple of 7. Therefore, the answer is correct.", "correct")
+    assert toy.verify(PROBLEM, "4315", "claim") == (
+        "This is not a multiple of 7. Therefore, the answer is incorrect.", "incorrect")
 
 
 def numbers(text: str) -> tuple[int, list[int]]:
