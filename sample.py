@@ -4,7 +4,9 @@
     python sample.py --model DIR --ask "What is 7 times 6?" --answer 42
     python sample.py --model DIR --data F.jsonl --max-new-tokens 2048 --out ROLLOUTS.jsonl --report R.json
 
-With `--n 5 --temperature 0.7` it is the collector of stage 0 (paper §2.2: K = 5 samples a problem).
+With `--n 5 --temperature 0.7` it is the collector of stage 0 (paper §2.2: K = 5 samples a problem). A run that was
+killed goes on where it was when it is started again with the same flags: until --out is written, --out.begun holds what
+there is of it.
 """
 
 # Before torch: s2r settles how torch's threads wait.
@@ -14,6 +16,7 @@ import json
 import os
 import sys
 import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,7 +26,7 @@ from s2r.data import Problem, load_problems, write_jsonl
 from s2r.grade import parsable
 from s2r.metrics import at_k, summarize, table
 from s2r.page import page
-from s2r.rollouts import roll_out, show
+from s2r.rollouts import Journal, roll_out, show
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,13 @@ def main(cfg: Config) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     device, dtype = runtime.pick(cfg.device, cfg.dtype)
     model, tokenizer = runtime.load(cfg.model, device, dtype)
+    journal = None
+    if cfg.out:
+        settings = {name: getattr(cfg, name) for name in ("model", "n", "temperature", "max_new_tokens", "seed")}
+        data = f"{cfg.data}, checksum {zlib.crc32(repr(problems).encode()):08x}"
+        journal = Journal(Path(f"{cfg.out}.begun"), settings | {"data": data, "dtype": str(dtype)})
+        if journal.known:
+            print(f"going on with a run that was cut short: {len(journal.known):,} rollouts are there")
 
     start = time.perf_counter()
     trajectories = roll_out(
@@ -78,6 +88,7 @@ def main(cfg: Config) -> None:
         slots=cfg.slots,
         prefill_tokens=cfg.tokens_per_microbatch,
         progress=not cfg.ask,
+        **({"known": journal.known, "each": journal.add} if journal else {}),
     )
     seconds = time.perf_counter() - start
 
@@ -85,13 +96,15 @@ def main(cfg: Config) -> None:
         print(show(trajectory, colour=sys.stdout.isatty()), end="\n\n")
     if cfg.out:
         write_jsonl(cfg.out, (trajectory.to_row() for trajectory in trajectories))
+        journal.remove()
     if cfg.html:
         credits = rl.online_credit(trajectories, "process", cfg.n)
         Path(cfg.html).write_text(page(trajectories, credits, tokenizer, f"{cfg.model} on {cfg.ask or cfg.data}"))
     if cfg.ask:
         return
     metrics = summarize(trajectories) | at_k(trajectories)
-    metrics["tokens_per_second"] = sum(len(t.ids) for t in trajectories) / seconds
+    before = sum(len(rollout.ids) for rollout in journal.known) if journal else 0
+    metrics["tokens_per_second"] = (sum(len(t.ids) for t in trajectories) - before) / seconds
     print(table({cfg.model: metrics}))
     if cfg.report:
         settings = {"model": cfg.model, "data": cfg.data, "n": cfg.n, "temperature": cfg.temperature, "seed": cfg.seed}

@@ -75,6 +75,15 @@ def read_jsonl(path: str | Path) -> list[dict]:
     return rows
 
 
+def drop_torn_line(path: Path) -> bool:
+    """Cut off the last line of a file if a crash left it without its end; whether anything is left."""
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole != len(content):
+        os.truncate(path, whole)
+    return whole > 0
+
+
 def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
     """Writes rows to `path` by way of a temporary file, so that a crash leaves the old file or the new one."""
     path = Path(path)

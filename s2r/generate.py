@@ -52,13 +52,16 @@ def generate(
     prefill_tokens: int = PREFILL,
     progress: bool = True,
     stop: Callable[[], bool] = lambda: False,
+    known: Iterable[Rollout] = (),
+    each: Callable[[Rollout], None] = lambda rollout: None,
 ) -> list[Rollout]:
     """Sample n responses to each prompt, from the whole distribution softmax(logits / temperature); 0 takes the argmax.
 
     `streams` names the random stream of each prompt (default: its index), so that a share of the prompts, on another
     rank say, draws what the whole would. `slots` rows are decoded at a time, `prefill_tokens` tokens of prompts run
     through the model at a time: both change memory and speed alone. When `stop` says so, only the rollouts that are
-    complete come back.
+    complete come back. `known` rollouts, of a run that was cut short, are not sampled again; `each` gets the new ones, in
+    the order in which they end.
     Returns the rollouts in order: prompt 0 sample 0, prompt 0 sample 1, … Raises ValueError for an empty prompt or one
     that leaves no room in the model's context, and for settings that make no sense.
     """
@@ -73,12 +76,13 @@ def generate(
         if not 0 < len(prompt) < context:
             raise ValueError(f"prompt {i} has {len(prompt)} tokens; the model's context holds 1 to {context - 1}")
     names = range(len(prompts)) if streams is None else streams
-    waiting = deque((i, j) for i in range(len(prompts)) for j in range(n))
+    rollouts = {(rollout.prompt, rollout.sample): rollout for rollout in known}
+    waiting = deque((i, j) for i in range(len(prompts)) for j in range(n) if (i, j) not in rollouts)
     if not waiting:
-        return []
+        return [rollouts[key] for key in sorted(rollouts)]
     slots = min(slots, len(waiting))
     rows = _Rows(model, prompts, slots, temperature, max_new_tokens, stop_ids, prefill_tokens)
-    rollouts, tokens, start = {}, 0, time.perf_counter()
+    tokens, start = 0, time.perf_counter()
     bar = tqdm(total=len(waiting), unit=" rollouts", delay=PATIENCE, disable=not progress)
     # A CUDA graph is captured on the current device.
     with torch.inference_mode(), torch.cuda.device_of(model.embed), model.prepacked(slots), bar:
@@ -95,6 +99,7 @@ def generate(
             for slot in free:
                 rollout = rows.take(slot)
                 rollouts[rollout.prompt, rollout.sample] = rollout
+                each(rollout)
                 tokens += len(rollout.ids)
             if free:
                 speed = (tokens + rows.unfinished_tokens()) / (time.perf_counter() - start)

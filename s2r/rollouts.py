@@ -3,13 +3,14 @@
 Called by `sample.py` and `train_rl.py`, which roll out alike, and by `s2r/selection.py`, which reads the file.
 """
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from s2r import rl
-from s2r.data import Problem, read_jsonl
-from s2r.generate import generate
+from s2r.data import Problem, drop_torn_line, read_jsonl
+from s2r.generate import Rollout, generate
 from s2r.grade import parsable
 from s2r.model import Transformer
 from s2r.tokenizer import Tokenizer
@@ -90,6 +91,33 @@ def load_rollouts(path: str | Path, tokenizer: Tokenizer) -> list[Trajectory]:
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: row {number}: {error!r}; give a file that sample.py --out wrote") from None
     return trajectories
+
+
+class Journal:
+    """The rollouts of a run as they end, in a file of their own, so that a run that was killed can go on.
+
+    First line: the run's settings. Then a line for each rollout. Raises ValueError when the file is of other settings.
+    """
+
+    def __init__(self, path: Path, settings: dict) -> None:
+        self.path, self.settings, self.known = path, settings, []
+        if path.exists() and drop_torn_line(path):
+            begun, *rows = read_jsonl(path)
+            if other := [name for name in settings if begun.get(name) != settings[name]]:
+                raise ValueError(
+                    f"{path} holds rollouts of a run that was cut short, with another --{other[0].replace('_', '-')} "
+                    f"({begun.get(other[0])}); give the same flags to go on with it, or delete it"
+                )
+            self.known = [Rollout(**row) for row in rows]
+
+    def add(self, rollout: Rollout) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            for row in [asdict(rollout)] if file.tell() else [self.settings, asdict(rollout)]:
+                file.write(json.dumps(row) + "\n")
+
+    def remove(self) -> None:
+        """When the rollout file is written."""
+        self.path.unlink(missing_ok=True)
 
 
 def encode_prompts(problems: Sequence[Problem], tokenizer: Tokenizer, context: int) -> list[list[int]]:

@@ -31,7 +31,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from s2r import runtime
-from s2r.data import read_jsonl
+from s2r.data import drop_torn_line, read_jsonl
 from s2r.generate import generate
 from s2r.grade import equivalent, extract_answer
 from s2r.trajectory import VERDICT_SENTENCE, VERIFY_OPENING, cut
@@ -221,14 +221,7 @@ def endpoint(
 
 def done(out: Path) -> set[tuple[str, str]]:
     """(unique_id, answer) of what `out` holds already; a last line that was torn by a crash is cut off."""
-    if not out.exists():
-        return set()
-    content = out.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        with out.open("r+b") as file:
-            file.truncate(len(whole))
-    if not whole.strip():
+    if not out.exists() or not drop_torn_line(out):
         return set()
     return {(row.get("unique_id"), row.get("answer")) for row in read_jsonl(out)}
 

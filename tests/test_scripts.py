@@ -20,7 +20,7 @@ import train_rl
 import train_sft
 from s2r import runtime
 from s2r.data import read_jsonl, write_jsonl
-from s2r.rollouts import roll_out
+from s2r.rollouts import Journal, roll_out
 from s2r.trajectory import SYSTEM_PROMPT
 from tiny_model import digest, problem_file, same, steps, tiny_model, trajectory_file
 
@@ -159,6 +159,35 @@ def test_sample_writes_rollouts_and_report(world, tmp_path, capsys):
     assert set(found["by_level"]) == {"1", "2"} and found["model"] == world.sft
     printed = capsys.readouterr().out
     assert printed.count("── problem") == 1 and world.sft in printed  # one trajectory, then the table
+
+
+def test_sample_killed_at_any_point_goes_on_and_samples_nothing_twice(world, tmp_path, monkeypatch):
+    def run(name: str, **flags) -> tuple[list[dict], int]:
+        """Rows of the rollout file, and how many rollouts were sampled for it."""
+        sampled, add = [], Journal.add
+        with monkeypatch.context() as patch:
+            patch.setattr(Journal, "add", lambda journal, rollout: (sampled.append(rollout), add(journal, rollout)))
+            flags = {"n": 2, "temperature": 0.7, "max_new_tokens": 60, "limit": 5, "seed": 3, "slots": 4} | flags
+            sample.main(sample.Config(model=world.sft, data=world.problems, out=str(tmp_path / name), **flags))
+        return read_jsonl(tmp_path / name), len(sampled)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "remove", lambda journal: None)
+        expected, sampled = run("whole")
+    assert sampled == len(expected) == 10
+    journal = (tmp_path / "whole.begun").read_bytes()
+    lines = [i for i, byte in enumerate(journal) if byte == ord("\n")]
+    for cut in (0, 7, lines[0] + 1, lines[1], lines[4] + 1, lines[6] + 9, lines[-2] + 1, len(journal)):
+        begun = tmp_path / "killed.begun"
+        begun.write_bytes(journal[:cut])
+        rows, sampled = run("killed")
+        assert sampled == 10 - max(journal[:cut].count(b"\n") - 1, 0) and not begun.exists()
+        assert [{**row, "logp": pytest.approx(row["logp"], abs=1e-5)} for row in rows] == expected
+    for flags in ({"seed": 4}, {"temperature": 0.8}, {"max_new_tokens": 61}, {"limit": 4}, {"n": 3}):
+        begun.write_bytes(journal)
+        with pytest.raises(ValueError, match="killed.begun holds rollouts of a run that was cut short.*delete it"):
+            run("killed", **flags)
+        assert begun.read_bytes() == journal
 
 
 def test_sample_asks_one_problem(world, tmp_path, capsys):
