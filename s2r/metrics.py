@@ -57,14 +57,10 @@ def summarize(trajectories: Sequence) -> dict:
         last.append(bool(solves and solves[-1].correct))
         trials.append(len(solves))
         no_answer.append(not solves or solves[-1].answer is None)
-        truth, trial = None, 0
-        for action in trajectory.actions:
-            if action.kind == "solve":
-                truth = "correct" if action.correct else "incorrect"
-            else:
-                checks.append((truth, action.verdict))
-                trial += 1
-                by_trial.setdefault(str(trial), []).append(truth is not None and action.verdict == truth)
+        verifies = [(a.truth, a.verdict) for a in trajectory.actions if a.kind == "verify"]
+        checks += verifies
+        for trial, (truth, verdict) in enumerate(verifies, start=1):
+            by_trial.setdefault(str(trial), []).append(truth is not None and verdict == truth)
 
     levels = [trajectory.problem.level for trajectory in trajectories]
     by_level = {}

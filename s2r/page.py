@@ -19,19 +19,15 @@ def labels(trajectory: Trajectory) -> list[str]:
     """Which of FILTERS a judged trajectory belongs to."""
     solves = [action for action in trajectory.actions if action.kind == "solve"]
     first, last = (bool(solves and solves[i].correct) for i in (0, -1))
-    truth, found = None, set()
-    for action in trajectory.actions:
-        if action.kind == "solve":
-            truth = action.correct
-        elif truth is False and action.verdict == "correct":
-            found.add("missed")
-        elif truth is True and action.verdict == "incorrect":
-            found.add("false alarm")
-    if first != last:
-        found.add("corrected" if last else "spoiled")
-    if not trajectory.finished:
-        found.add("cut off")
-    return [name for name in FILTERS if name in found]
+    checks = {(action.truth, action.verdict) for action in trajectory.actions if action.kind == "verify"}
+    holds = {
+        "corrected": last and not first,
+        "spoiled": first and not last,
+        "missed": ("incorrect", "correct") in checks,
+        "false alarm": ("correct", "incorrect") in checks,
+        "cut off": not trajectory.finished,
+    }
+    return [name for name in FILTERS if holds[name]]
 
 
 def page(trajectories: Sequence[Trajectory], credits: Sequence[Credit], tokenizer: Tokenizer, title: str) -> str:

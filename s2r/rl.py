@@ -46,13 +46,9 @@ def process_rewards(actions: Sequence[Action], finished: bool) -> list[float]:
     Departs from the paper, with the release: the action that the length limit cut off (`finished` False) earns −1.
     """
     rewards = []
-    truth = None  # the verdict that would be right: there is none before the first solve
     for action in actions:
-        if action.kind == "solve":
-            truth = "correct" if action.correct else "incorrect"
-            rewards.append(1.0 if action.correct else -1.0)
-        else:
-            rewards.append(1.0 if truth and action.verdict == truth else -1.0)
+        right = action.correct if action.kind == "solve" else action.truth and action.verdict == action.truth
+        rewards.append(1.0 if right else -1.0)
     if rewards and not finished:
         rewards[-1] = -1.0
     return rewards

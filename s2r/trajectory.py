@@ -48,6 +48,7 @@ class Action:
     answer: str | None = None  # solve: content of the last \boxed, None when there is none
     verdict: str | None = None  # verify: Parser(v), "correct" | "incorrect", None when unreadable or unverified
     correct: bool | None = None  # solve: V_golden(s), None until judged
+    truth: str | None = None  # verify: the verdict that is true of the last solve before it, None until judged, or if none
 
 
 def cut(text: bytes) -> list[tuple[int, str]]:
@@ -105,11 +106,16 @@ def parse_verdict(text: str) -> str | None:
 
 
 def judge(actions: list[Action], gold: str) -> list[Action]:
-    """The same actions with V_golden(s) filled in: `correct` of each solve, by its boxed answer against `gold`."""
-    return [
-        replace(action, correct=equivalent(action.answer, gold)) if action.kind == "solve" else action
-        for action in actions
-    ]
+    """The same actions held against the answer `gold`: `correct` of each solve, `truth` of each verify."""
+    judged, truth = [], None
+    for action in actions:
+        if action.kind == "solve":
+            action = replace(action, correct=equivalent(action.answer, gold))
+            truth = "correct" if action.correct else "incorrect"
+        else:
+            action = replace(action, truth=truth)
+        judged.append(action)
+    return judged
 
 
 def render(steps: list[dict]) -> list[str]:

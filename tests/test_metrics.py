@@ -29,14 +29,14 @@ class Response:
 
 def response(code: str, **others) -> Response:
     """Solves `+` right, `-` wrong, `0` wrong for want of an answer; verifies `c`, `i`, `?` for Parser(v)."""
-    actions = []
+    actions, truth = [], None
     for i, letter in enumerate(code):
         if letter in "+-0":
-            answer = None if letter == "0" else "1"
+            answer, truth = None if letter == "0" else "1", "correct" if letter == "+" else "incorrect"
             actions.append(Action("solve", i, i + 1, "", answer=answer, correct=letter == "+"))
         else:
             verdict = {"c": "correct", "i": "incorrect", "?": None}[letter]
-            actions.append(Action("verify", i, i + 1, "", verdict=verdict))
+            actions.append(Action("verify", i, i + 1, "", verdict=verdict, truth=truth))
     return Response(actions, **others)
 
 

@@ -140,10 +140,12 @@ def test_parse_verdict_table(text, verdict):
     assert parse_verdict(text) == verdict
 
 
-def test_judge_fills_solves_only(tokenizer):
-    text = f"\\boxed{{\\frac{{1}}{{2}}}}\n\n{V} {WRONG}\n\n{R} \\boxed{{3}}\n\n{R}"
+def test_judge_says_of_solves_whether_they_are_right_and_of_verifies_what_is_true(tokenizer):
+    text = f"{V} x {RIGHT}\n\n{R} \\boxed{{\\frac{{1}}{{2}}}}\n\n{V} {WRONG}\n\n{V} {RIGHT}\n\n{R} \\boxed{{3}}\n\n{R}\n\n{V} ?"
     actions = judge(parse(tokenizer.encode(text), tokenizer), "0.5")
-    assert [action.correct for action in actions] == [True, None, False, False]
+    assert [action.kind[0] for action in actions] == list("vsvvssv")
+    assert [action.correct for action in actions] == [None, True, None, None, False, False, None]
+    assert [action.truth for action in actions] == [None, None, "correct", "correct", None, None, "incorrect"]
 
 
 def test_render_adds_what_is_missing():
