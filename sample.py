@@ -70,9 +70,10 @@ def main(cfg: Config) -> None:
     model, tokenizer = runtime.load(cfg.model, device, dtype)
     journal = None
     if cfg.out:
-        settings = {name: getattr(cfg, name) for name in ("model", "n", "temperature", "max_new_tokens", "seed")}
-        data = f"{cfg.data}, checksum {zlib.crc32(repr(problems).encode()):08x}"
-        journal = Journal(Path(f"{cfg.out}.begun"), settings | {"data": data, "dtype": str(dtype)})
+        settings = {name: getattr(cfg, name) for name in ("n", "temperature", "max_new_tokens", "seed")}
+        settings["model"] = f"{cfg.model}, last changed at {Path(cfg.model).stat().st_mtime}"
+        settings["data"] = f"{cfg.data}, checksum {zlib.crc32(repr(problems).encode()):08x}"
+        journal = Journal(Path(f"{cfg.out}.begun"), settings | {"dtype": str(dtype)})
         if journal.known:
             print(f"going on with a run that was cut short: {len(journal.known):,} rollouts are there")
 
