@@ -25,7 +25,7 @@ from tqdm import tqdm
 from s2r import runtime, toy
 
 SIZES = (50, 100, 200, 400)  # SFT trajectories, for data efficiency
-SFT_STEPS = 120  # about as many optimizer steps as three epochs of all trajectories are
+SFT_STEPS = 160  # about as many optimizer steps as three epochs of all trajectories are
 STAGES = ("base", "sft", "rl-outcome", "rl-process")
 Reports = dict[str, dict]  # of one seed: name of the model -> what sample.py --report wrote
 
