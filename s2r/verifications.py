@@ -253,6 +253,11 @@ def main(argv: list[str] | None = None) -> None:
     before, asked = done(out), wanted(rows)
     todo = [item for item in asked if (item.unique_id, item.answer) not in before]
     print(f"{len(asked):7,}  answers to verify, {len(asked) - len(todo):,} of them verified already")
+    if not asked:
+        raise ValueError(
+            f"{flags.rollouts}: no problem has a right answer, in \\boxed, among its samples, so no trajectory can be built; "
+            "give more samples, easier problems or another base model"
+        )
     if not todo:
         return
     sampling = {"temperature": flags.temperature, "max_new_tokens": flags.max_new_tokens}

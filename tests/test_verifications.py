@@ -220,6 +220,12 @@ def test_command_wants_one_source(tmp_path, flags, words):
         command(tmp_path, *flags)
 
 
+def test_command_says_that_nothing_is_right(tmp_path):
+    write_jsonl(tmp_path / "r.jsonl", [row | {"text": "It is 5, unboxed."} for row in rollouts(2)])
+    with pytest.raises(ValueError, match="r.jsonl: no problem has a right answer.* give more samples"):
+        command(tmp_path, "--model", "m")
+
+
 def test_command_names_rows_that_are_no_rollouts(tmp_path):
     write_jsonl(tmp_path / "r.jsonl", [{"problem": "x"}])
     with pytest.raises(ValueError, match=r"r.jsonl: row 1: not a rollout"):
