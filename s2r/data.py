@@ -76,12 +76,12 @@ def read_jsonl(path: str | Path) -> list[dict]:
 
 
 def drop_torn_line(path: Path) -> bool:
-    """Cut off the last line of a file if a crash left it without its end; whether anything is left."""
+    """Cut off the last line of a file if a crash left it without its end; whether anything but white space is left."""
     content = path.read_bytes()
     whole = content.rfind(b"\n") + 1
     if whole != len(content):
         os.truncate(path, whole)
-    return whole > 0
+    return bool(content[:whole].strip())
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:

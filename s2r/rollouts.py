@@ -96,7 +96,8 @@ def load_rollouts(path: str | Path, tokenizer: Tokenizer) -> list[Trajectory]:
 class Journal:
     """The rollouts of a run as they end, in a file of their own, so that a run that was killed can go on.
 
-    First line: the run's settings. Then a line for each rollout. Raises ValueError when the file is of other settings.
+    First line: the run's settings. Then a line for each rollout; `known` are those of the run that was killed. Raises
+    ValueError when the file is of other settings.
     """
 
     def __init__(self, path: Path, settings: dict) -> None:
@@ -111,12 +112,13 @@ class Journal:
             self.known = [Rollout(**row) for row in rows]
 
     def add(self, rollout: Rollout) -> None:
+        """Write down a rollout that has ended."""
         with self.path.open("a", encoding="utf-8") as file:
             for row in [asdict(rollout)] if file.tell() else [self.settings, asdict(rollout)]:
                 file.write(json.dumps(row) + "\n")
 
     def remove(self) -> None:
-        """When the rollout file is written."""
+        """Delete the file, when the rollout file is written."""
         self.path.unlink(missing_ok=True)
 
 

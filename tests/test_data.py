@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from s2r.data import Example, Problem, load_problems, load_trajectories, read_jsonl, write_jsonl
+from s2r.data import Example, Problem, drop_torn_line, load_problems, load_trajectories, read_jsonl, write_jsonl
 from s2r.grade import equivalent
 from s2r.trajectory import VERDICT_SENTENCE
 
@@ -230,3 +230,12 @@ def test_load_problems_leaves_out_empty_answers(tmp_path, capsys):
     path.write_text('{"problem": "a", "answer": ""}\n')
     with pytest.raises(ValueError, match="no row with an answer"):
         load_problems(path)
+
+
+@pytest.mark.parametrize("content, left", [
+    (b"", b""), (b"torn", b""), (b"{}\n", b"{}\n"), (b"{}\n{}", b"{}\n"), (b"{}\n\xc3", b"{}\n"), (b"\n \n", b"\n \n"),
+])
+def test_drop_torn_line_leaves_whole_lines_and_says_whether_there_are_any(tmp_path, content, left):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(content)
+    assert drop_torn_line(path) is (b"{}" in left) and path.read_bytes() == left
