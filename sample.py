@@ -25,7 +25,7 @@ from s2r import rl, runtime, toy
 from s2r.data import Problem, load_problems, write_jsonl
 from s2r.grade import parsable
 from s2r.metrics import at_k, summarize, table
-from s2r.page import page
+from s2r.view.page import page
 from s2r.rollouts import Journal, roll_out, show
 
 

@@ -25,10 +25,10 @@ from s2r.data import Problem, load_problems
 from s2r.metrics import summarize, table
 from s2r.model import Transformer
 from s2r.packing import Pack, pack, policy_logp
-from s2r.parallel import Ranks
+from s2r.run.ranks import Ranks
 from s2r.rollouts import Trajectory, encode_prompts, load_rollouts, roll_out, show
-from s2r.selection import select
-from s2r.tokenizer import Tokenizer
+from s2r.offline import select
+from s2r.hf.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from kernels.logprob import token_logp, token_logp_kl
 from s2r import memory, runtime, toy
 from s2r.data import load_trajectories
 from s2r.packing import pack, predictors, sft_targets
-from s2r.parallel import Ranks
-from s2r.trajectory import encode, prompt
+from s2r.run.ranks import Ranks
+from s2r.grammar import encode, prompt
 
 
 @dataclass(frozen=True)

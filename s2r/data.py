@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from s2r.grade import extract_answer, parsable
-from s2r.trajectory import parse_verdict, render
+from s2r.grammar import parse_verdict, render
 
 
 @dataclass(frozen=True)

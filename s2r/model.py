@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import attention, decode_attention
 from kernels.linear import linear, prepack
-from s2r.config import ModelConfig, read_json
+from s2r.hf.config import ModelConfig, read_json
 
 SHARD_BYTES = 5 * 10**9  # size at which `save_pretrained` starts the next file
 

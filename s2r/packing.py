@@ -14,7 +14,7 @@ import torch
 
 from kernels.logprob import token_logp
 from s2r.model import Transformer
-from s2r.trajectory import Action
+from s2r.grammar import Action
 
 
 @dataclass(frozen=True)

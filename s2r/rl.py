@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 import torch
 
-from s2r.trajectory import Action
+from s2r.grammar import Action
 
 ACCURACY_BIN = 0.2  # width of a bin of problems of like difficulty, offline; the paper names none
 

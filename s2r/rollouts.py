@@ -13,8 +13,8 @@ from s2r.data import Problem, drop_torn_line, read_jsonl
 from s2r.generate import Rollout, generate
 from s2r.grade import parsable
 from s2r.model import Transformer
-from s2r.tokenizer import Tokenizer
-from s2r.trajectory import Action, judge, parse, prompt
+from s2r.hf.tokenizer import Tokenizer
+from s2r.grammar import Action, judge, parse, prompt
 
 FIELDS = {"ids": int, "prompt_ids": int, "logp": float}  # of a rollout file's row: lists, and of what
 

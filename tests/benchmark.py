@@ -27,8 +27,8 @@ from s2r.data import load_problems
 from s2r.generate import generate
 from s2r.model import Transformer
 from s2r.packing import pack, policy_logp
-from s2r.tokenizer import Tokenizer
-from s2r.trajectory import prompt
+from s2r.hf.tokenizer import Tokenizer
+from s2r.grammar import prompt
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROUNDS = 3

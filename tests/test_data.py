@@ -7,7 +7,7 @@ import pytest
 
 from s2r.data import Example, Problem, drop_torn_line, load_problems, load_trajectories, read_jsonl, write_jsonl
 from s2r.grade import equivalent
-from s2r.trajectory import VERDICT_SENTENCE
+from s2r.grammar import VERDICT_SENTENCE
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 RIGHT, WRONG = VERDICT_SENTENCE["correct"], VERDICT_SENTENCE["incorrect"]

@@ -12,9 +12,9 @@ import torch
 from tokenizers import Tokenizer as HfTokenizer
 
 from s2r import memory
-from s2r.config import ModelConfig
+from s2r.hf.config import ModelConfig
 from s2r.data import write_jsonl
-from s2r.memory import Job
+from s2r.run.memory import Job
 from s2r.model import Cache, Transformer
 from s2r.packing import pack, policy_logp
 from tiny import tiny_tokenizer

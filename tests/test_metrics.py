@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from s2r.data import Problem
 from s2r.metrics import at_k, main, majority, summarize, table
-from s2r.trajectory import Action
+from s2r.grammar import Action
 
 
 @dataclass

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from s2r.model import Transformer
 from s2r.packing import pack, policy_logp, predictors, sft_targets
-from s2r.tokenizer import Tokenizer
-from s2r.trajectory import Action, encode, prompt
+from s2r.hf.tokenizer import Tokenizer
+from s2r.grammar import Action, encode, prompt
 from tiny_model import steps, tiny_model
 
 

@@ -9,9 +9,9 @@ from test_rl import response
 
 import sample
 from s2r import rl
-from s2r.page import FILTERS, labels, page
+from s2r.view.page import FILTERS, labels, page
 from s2r.rollouts import show
-from s2r.tokenizer import Tokenizer
+from s2r.hf.tokenizer import Tokenizer
 from tiny_model import problem_file, tiny_model
 
 

@@ -12,10 +12,10 @@ from s2r import rl, runtime
 from s2r.data import Problem
 from s2r.model import Transformer
 from s2r.packing import policy_logp
-from s2r.parallel import Ranks
+from s2r.run.ranks import Ranks
 from s2r.rollouts import Trajectory
-from s2r.tokenizer import Tokenizer
-from s2r.trajectory import RETRY_OPENING, VERDICT_SENTENCE, VERIFY_OPENING, judge, parse, prompt
+from s2r.hf.tokenizer import Tokenizer
+from s2r.grammar import RETRY_OPENING, VERDICT_SENTENCE, VERIFY_OPENING, judge, parse, prompt
 from tiny_model import problem_file, tiny_model, trajectory_file
 
 # One letter per action, the way a model may write it; the gold answer is 7.

@@ -8,8 +8,8 @@ from s2r.data import Problem, read_jsonl, write_jsonl
 from s2r.generate import Rollout
 from s2r.model import Transformer
 from s2r.rollouts import roll_out, show
-from s2r.tokenizer import Tokenizer
-from s2r.trajectory import encode, prompt
+from s2r.hf.tokenizer import Tokenizer
+from s2r.grammar import encode, prompt
 from tiny_model import steps, tiny_model
 
 PROBLEM = Problem("3+4?", "7", "sum/34", level=2)

@@ -21,7 +21,7 @@ import train_sft
 from s2r import runtime
 from s2r.data import read_jsonl, write_jsonl
 from s2r.rollouts import Journal, roll_out
-from s2r.trajectory import SYSTEM_PROMPT
+from s2r.grammar import SYSTEM_PROMPT
 from tiny_model import digest, problem_file, same, steps, tiny_model, trajectory_file
 
 ROOT = Path(__file__).resolve().parents[1]

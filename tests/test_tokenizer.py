@@ -17,7 +17,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2r.tokenizer import Tokenizer
+from s2r.hf.tokenizer import Tokenizer
 from tiny import CHATML, tiny_tokenizer
 
 CACHE = Path(__file__).parent / ".cache"

@@ -11,13 +11,13 @@ import pytest
 import s2r  # noqa: F401  (before torch)
 import torch
 from s2r import findings, toy
-from s2r.behavior import by_rule
+from s2r.stage0.build import by_rule
 from s2r.data import load_problems
 from s2r.generate import generate
 from s2r.grade import equivalent
 from s2r.model import Transformer
-from s2r.tokenizer import Tokenizer
-from s2r.trajectory import RETRY_OPENING, VERIFY_OPENING, parse_verdict, prompt
+from s2r.hf.tokenizer import Tokenizer
+from s2r.grammar import RETRY_OPENING, VERIFY_OPENING, parse_verdict, prompt
 
 BASE = Path(toy.__file__).with_name("toy_base")
 PROBLEM = "Eggs go in boxes of 7. Which number of eggs fills its boxes: 4315, 2886 or 3024?"  # 3024

@@ -9,8 +9,8 @@ import pytest
 
 from s2r import behavior, verifications
 from s2r.data import load_trajectories, read_jsonl, write_jsonl
-from s2r.trajectory import VERDICT_SENTENCE, VERIFY_OPENING
-from s2r.verifications import Wanted, as_self_check, endpoint, wanted
+from s2r.grammar import VERDICT_SENTENCE, VERIFY_OPENING
+from s2r.stage0.verifications import Wanted, as_self_check, endpoint, wanted
 from tiny_model import tiny_model
 
 

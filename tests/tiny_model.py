@@ -8,8 +8,8 @@ import torch
 
 from s2r.data import write_jsonl
 from s2r.model import ModelConfig, Transformer
-from s2r.tokenizer import Tokenizer
-from s2r.trajectory import VERDICT_SENTENCE
+from s2r.hf.tokenizer import Tokenizer
+from s2r.grammar import VERDICT_SENTENCE
 from tiny import tiny_tokenizer
 
 

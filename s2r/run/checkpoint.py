@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 from s2r.model import Transformer
-from s2r.parallel import Ranks
+from s2r.run.ranks import Ranks
 
 STATE = "state.pt"
 # What of the base folder goes along with the weights.

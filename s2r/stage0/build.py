@@ -21,8 +21,8 @@ from pathlib import Path
 from s2r import runtime, toy
 from s2r.data import read_jsonl, write_jsonl
 from s2r.grade import equivalent, extract_answer
-from s2r.trajectory import cut, parse_verdict
-from s2r.verifications import STYLES, load_verifications
+from s2r.grammar import cut, parse_verdict
+from s2r.stage0.verifications import STYLES, load_verifications
 
 Verify = Callable[[str, str], Sequence[str]]
 """(problem, answer) -> the checks there are of it, each a text that should end in a verdict sentence."""

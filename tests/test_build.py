@@ -8,7 +8,7 @@ import pytest
 import s2r  # noqa: F401
 from s2r import behavior
 from s2r.data import load_trajectories, read_jsonl, write_jsonl
-from s2r.trajectory import VERDICT_SENTENCE
+from s2r.grammar import VERDICT_SENTENCE
 
 PROBLEM = "Which number is a multiple of 17: 30, 31, 32, 33, 34, 35 or 36?"  # 34
 

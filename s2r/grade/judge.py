@@ -2,7 +2,7 @@ r"""V_golden, the judge of every solve: is the boxed answer the gold answer?
 
     "… so \boxed{\frac{2}{4}}."  --extract_answer-->  r"\frac{2}{4}"  --equivalent(·, "0.5")-->  True
 
-`equivalent` tries, cheapest first: equal text, choice letter, word, mathematics as `s2r.latex` reads it. Its time is
+`equivalent` tries, cheapest first: equal text, choice letter, word, mathematics as `s2r.grade.latex` reads it. Its time is
 bounded: a text has at most MAX_CHARS characters and 8 readings. What cannot be read is wrong, never an error.
 
 Rules where graders differ:
@@ -22,7 +22,7 @@ from fractions import Fraction
 from functools import lru_cache
 from operator import sub
 
-from s2r.latex import MP, TOLERANCE, Group, Number, Unreadable, apply, columns, is_constant, is_name, read
+from s2r.grade.latex import MP, TOLERANCE, Group, Number, Unreadable, apply, columns, is_constant, is_name, read
 
 MAX_CHARS = 1_000  # longest gold answer of MATH: 159
 DECIMAL_DIGITS = 6

@@ -20,10 +20,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from kernels.logprob import CHUNK_ELEMENTS, SLAB_BYTES
-from s2r.config import ModelConfig
+from s2r.hf.config import ModelConfig
 from s2r.generate import PREFILL
 from s2r.model import SHARD_BYTES, Transformer
-from s2r.parallel import Ranks
+from s2r.run.ranks import Ranks
 
 GB = 10**9
 

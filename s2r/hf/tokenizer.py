@@ -21,7 +21,7 @@ import jinja2.ext
 import jinja2.sandbox
 import tokenizers
 
-from s2r.config import read_json
+from s2r.hf.config import read_json
 
 
 class _Generation(jinja2.ext.Extension):

@@ -16,7 +16,7 @@ from s2r import runtime
 from s2r.data import read_jsonl, write_jsonl
 from s2r.rl import outcome_reward
 from s2r.rollouts import Trajectory
-from s2r.trajectory import Action
+from s2r.grammar import Action
 
 ACCURACY = (0.1, 0.7)  # sampled accuracy of the problems that are kept, both ends included (paper)
 MAX_ACTIONS = 20  # longest trajectory that is kept (paper)

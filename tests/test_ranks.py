@@ -13,7 +13,7 @@ from test_scripts import RL, SFT, log
 import train_rl
 import train_sft
 from s2r.packing import pack
-from s2r.parallel import Ranks
+from s2r.run.ranks import Ranks
 from tiny_model import problem_file, tiny_model, trajectory_file
 
 # Three steps; two problems a step, so that of three ranks one has nothing to sample. A small rate: Adam makes a whole step

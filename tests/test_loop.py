@@ -22,7 +22,7 @@ import train_sft
 from s2r import checkpoint, runtime
 from s2r.model import Transformer
 from s2r.packing import pack
-from s2r.parallel import Ranks
+from s2r.run.ranks import Ranks
 from tiny_model import same, tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]

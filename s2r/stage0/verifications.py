@@ -34,7 +34,7 @@ from s2r import runtime
 from s2r.data import drop_torn_line, read_jsonl
 from s2r.generate import generate
 from s2r.grade import equivalent, extract_answer
-from s2r.trajectory import VERDICT_SENTENCE, VERIFY_OPENING, cut
+from s2r.grammar import VERDICT_SENTENCE, VERIFY_OPENING, cut
 
 STYLES = {
     "confirmative": (

@@ -14,7 +14,7 @@ from s2r import rl, selection
 from s2r.data import Problem, load_problems, read_jsonl, write_jsonl
 from s2r.model import Transformer
 from s2r.rollouts import load_rollouts
-from s2r.tokenizer import Tokenizer
+from s2r.hf.tokenizer import Tokenizer
 from tiny_model import problem_file, tiny_model
 
 

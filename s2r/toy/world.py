@@ -1,7 +1,7 @@
 r"""The embedded default: a tiny world in which all of S²R runs on a laptop's CPU. Start reading here.
 
     python -m s2r.toy                        everything below, stage by stage, and a table of what each stage reached
-    python -m s2r.toy pretrain --out DIR     how the base model in s2r/toy_base was made (14 minutes on one core)
+    python -m s2r.toy pretrain --out DIR     how the base model in s2r/toy/base was made (14 minutes on one core)
 
 A problem names a few numbers, one of which is a multiple of a:
 
@@ -51,9 +51,9 @@ from s2r.data import write_jsonl
 from s2r.metrics import table
 from s2r.model import ModelConfig, Transformer
 from s2r.packing import pack, predictors
-from s2r.trajectory import RETRY_OPENING, VERDICT_SENTENCE, VERIFY_OPENING
+from s2r.grammar import RETRY_OPENING, VERDICT_SENTENCE, VERIFY_OPENING
 
-BASE = "s2r/toy_base"  # ships with the repository; the paths are relative to its root, where every command runs
+BASE = "s2r/toy/base"  # ships with the repository; the paths are relative to its root, where every command runs
 RUNS = "runs/toy"
 TRAIN, TEST, LONGER = f"{RUNS}/train.jsonl", f"{RUNS}/test.jsonl", f"{RUNS}/longer.jsonl"
 ROLLOUTS, TRAJECTORIES = f"{RUNS}/base.rollouts.jsonl", f"{RUNS}/trajectories.jsonl"
@@ -420,6 +420,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from s2r.runtime import command  # which imports this module
+    from s2r.run.flags import command  # which imports this module
 
     command(main)

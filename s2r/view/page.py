@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from s2r.rl import Credit, outcome_reward
 from s2r.rollouts import Trajectory
-from s2r.tokenizer import Tokenizer
+from s2r.hf.tokenizer import Tokenizer
 
 FILTERS = ("corrected", "spoiled", "missed", "false alarm", "cut off")
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from s2r.grade import equivalent, extract_answer
-from s2r.tokenizer import Tokenizer
+from s2r.hf.tokenizer import Tokenizer
 
 SYSTEM_PROMPT = r"Please reason step by step, and put your final answer within \boxed{}."
 VERIFY_OPENING = "Wait, let me recheck my solution."

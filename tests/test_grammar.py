@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2r.tokenizer import Tokenizer
-from s2r.trajectory import (RETRY_OPENING, SYSTEM_PROMPT, VERDICT_SENTENCE, VERIFY_OPENING, encode, judge, parse,
+from s2r.hf.tokenizer import Tokenizer
+from s2r.grammar import (RETRY_OPENING, SYSTEM_PROMPT, VERDICT_SENTENCE, VERIFY_OPENING, encode, judge, parse,
                             parse_verdict, prompt, render)
 from tiny import tiny_tokenizer
 

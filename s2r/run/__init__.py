@@ -1,0 +1,1 @@
+"""How the scripts run: flags, loop, checkpoints, ranks, memory, stages. Nothing of the method is here."""
