@@ -3,13 +3,12 @@
 Dimension letters, the same in every file:
 
     T  tokens of a packed batch        D  width of the residual stream
-    S  sequences in it (rows)          L  layers
-    A  actions in it, or spans         H  query heads
-    K  scored tokens in it
-    N  problems per RL step            G  key/value heads
-    M  rollouts per problem            E  width of one head
-    V  vocabulary                      F  width of the feed-forward layer
-    C  cache capacity in tokens
+    S  sequences in it                 L  layers
+    J  spans in it (rl.py)             H  query heads
+    Q  scored tokens in it             G  key/value heads
+    N  problems per RL step            E  width of one head
+    M  rollouts per problem            F  width of the feed-forward layer
+    V  vocabulary                      C  cache capacity in tokens
 
 Importing this package before torch also settles how torch's threads wait for one another (below).
 """

@@ -1,17 +1,13 @@
-"""Files in and out: problems, SFT trajectories, and JSONL rows of any kind.
+"""Files in and out: problems, SFT trajectories, JSONL rows of any kind; and the order in which they are used.
 
-    problem file, one JSON object a line            gold answer
-    {"problem", "answer", "solution"?, "level"?, …}   `answer`                                  ours
-    {"question", "answer"}                            `answer` after "####"                     GSM8K as published
-    {"problem", "solution", "level": "Level 3", …}    last \\boxed of `solution`                 MATH as published
-    {"question", "final_answer": [str, …], …}         `final_answer`, a list of them joined     OlympiadBench as published
+    problem file, one JSON object a line     {"problem", "answer", "solution"?, "level"?, "subject"?, "unique_id"?}
+    or a published set as it comes           GSM8K, MATH, OlympiadBench: `s2r/sets.py`
 
     trajectory file   {"unique_id", "problem", "answer", "trajectory": [solve, verify, solve, verify, …]}
     with steps        {"kind": "solve", "text", "correct"}   {"kind": "verify", "text", "verdict"}
-    or a problem file with `solution`: one right solve and no verify, the paper's baselines for stage 1 (solutions as they
-    were published, or long chains of thought)
+    or a problem file with `solution`: one right solve and no verify, the paper's baselines for stage 1
 
-Everything here comes from a user: what cannot be used is a ValueError or FileNotFoundError that names file and row.
+All files come from a user: what cannot be used is a ValueError or FileNotFoundError that names file and row.
 """
 
 import json
@@ -21,8 +17,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from s2r.grade import extract_answer, parsable
+import torch
+
+from s2r.grade import parsable
 from s2r.grammar import parse_verdict, render
+from s2r.sets import boxed, plain
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,21 @@ class Example:
     trajectory: list[dict]  # steps, see the module docstring
 
 
+def draw(items: int, count: int, step: int, seed: int, *, partial: bool = False) -> list[int]:
+    """Indices below `items` that step number `step` (from 1) uses: `count` of them, epoch after epoch.
+
+    Each epoch is a new permutation, a function of (seed, epoch) alone, which is what --resume relies on. The rest of
+    an epoch that does not fill a step is left out; with `partial` it is a smaller step of its own.
+    """
+    epoch, at = divmod(step - 1, -(-items // count) if partial else items // count)
+    return order(items, seed, epoch)[at * count :][:count]
+
+
+def order(items: int, seed: int, epoch: int) -> list[int]:
+    """A random permutation of range(items), a function of (seed, epoch) alone."""
+    return torch.randperm(items, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+
+
 def read_jsonl(path: str | Path) -> list[dict]:
     """Rows of a JSON-lines file, blank lines left out.
 
@@ -60,7 +74,7 @@ def read_jsonl(path: str | Path) -> list[dict]:
         for line in filter(bytes.strip, file):
             number = len(rows) + 1
             try:
-                row = json.loads(line.decode("utf-8-sig"))
+                row = json.loads(line.decode("utf-8-sig"), parse_constant=_refuse)
                 if b"\\ud" in line.lower():  # half of a surrogate pair passes json.loads and breaks every tokenizer
                     json.dumps(row, ensure_ascii=False).encode()
             except (ValueError, RecursionError) as error:
@@ -75,6 +89,10 @@ def read_jsonl(path: str | Path) -> list[dict]:
     return rows
 
 
+def _refuse(constant: str):
+    raise ValueError(f"{constant} is not a JSON number")
+
+
 def drop_torn_line(path: Path) -> bool:
     """Cut off the last line of a file if a crash left it without its end; whether anything but white space is left."""
     content = path.read_bytes()
@@ -84,10 +102,21 @@ def drop_torn_line(path: Path) -> bool:
     return bool(content[:whole].strip())
 
 
-def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
-    """Writes rows to `path` by way of a temporary file, so that a crash leaves the old file or the new one."""
+def check_output(path: str | Path) -> None:
+    """Make the folder that a file is to be written to. Raises ValueError if `path` is there and no regular file."""
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: there is something that is not a file (a folder, device or pipe); give another path")
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
+    """Writes rows to `path` by way of a temporary file, so that a crash leaves the old file or the new one.
+
+    Raises ValueError as `check_output` does.
+    """
+    check_output(path)
+    partial = Path(f"{path}.partial")
     with partial.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -95,9 +124,9 @@ def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
 
 
 def load_problems(path: str | Path, limit: int = 0) -> list[Problem]:
-    """Problems of a file in one of the four formats above, of its first `limit` rows (0: all).
+    """Problems of a file of its first `limit` rows (0: all).
 
-    Rows whose answer is the empty string, of which public sets hold a few, are left out with a line that names them.
+    Rows whose answer is the empty string, of which public sets hold a few, are skipped, and a line names them.
     Raises FileNotFoundError, and ValueError naming file and rows: no problem, no answer, an answer that cannot be
     graded against, a `unique_id` seen before, no row left.
     """
@@ -122,7 +151,7 @@ def load_problems(path: str | Path, limit: int = 0) -> list[Problem]:
         raise ValueError(f"{path}: row {number}: {error}{more}") from error
     if blank:
         print(
-            f"{path}: {len(blank)} rows have an empty answer and are left out: {', '.join(map(str, blank))}",
+            f"{path}: {len(blank)} rows have an empty answer and are skipped: {', '.join(map(str, blank))}",
             file=sys.stderr,
         )
     if not problems:
@@ -141,7 +170,7 @@ def load_trajectories(path: str | Path) -> list[Example]:
             problem = _problem(row, f"{Path(path).stem}/{number - 1}")
             steps = row.get("trajectory")
             if steps is None and problem.solution:
-                steps = [{"kind": "solve", "text": _boxed(problem), "correct": True}]
+                steps = [{"kind": "solve", "text": boxed(problem.solution, problem.answer), "correct": True}]
                 render(steps)
             else:
                 _check_steps(steps)
@@ -153,47 +182,21 @@ def load_trajectories(path: str | Path) -> list[Example]:
 
 def _problem(row: dict, unique_id: str) -> Problem:
     """One row as a Problem, with `unique_id` if it has none; ValueError saying what is wrong with it."""
-    problem = row.get("problem", row.get("question"))
-    answer, solution = row.get("answer", row.get("final_answer")), row.get("solution")
-    keys = ", ".join(row) or "none"
+    keys, row = ", ".join(row) or "none", plain(row)
+    problem, answer, level = row["problem"], row["answer"], row["level"]
     if not isinstance(problem, str) or not problem.strip():
         raise ValueError(f'no "problem" (or GSM8K\'s "question"), keys are {keys}; add it or drop the row')
-    if isinstance(row.get("context"), str) and row["context"].strip():  # OlympiadBench: what the question is about
-        problem = f"{row['context']}\n{problem}"
-    if isinstance(answer, list) and all(isinstance(part, str) for part in answer):
-        answer = ", ".join(answer)
-    if isinstance(solution, list):
-        solution = "\n".join(map(str, solution))
-    if isinstance(answer, int | float) and not isinstance(answer, bool):
-        answer = str(answer)
-    if isinstance(answer, str) and "####" in answer:
-        solution = answer if solution is None else solution
-        answer = answer.rpartition("####")[2].strip()
-    elif not answer and isinstance(solution, str):
-        answer = extract_answer(solution)
     if not isinstance(answer, str) or not answer.strip():
         raise ValueError(
             '"answer" is empty or missing and no "solution" stands in for it with a \\boxed one, '
             f"keys are {keys}; add it or drop the row"
         )
-    if not parsable(answer):
+    if not parsable(answer) or answer.strip().lower() == "nan":
         raise ValueError(f"gold answer {answer!r} cannot be parsed; correct it or drop the row")
-    level = row.get("level")
-    if isinstance(level, str):  # "Level 3" as published; "Level ?" occurs
-        digits = level.removeprefix("Level ").strip()
-        level = int(digits) if digits.isdecimal() else None
     if not isinstance(level, int | None):
         raise ValueError(f'"level" is {level!r}; write a whole number or leave it out')
-    return Problem(
-        problem, answer, str(row.get("unique_id") or unique_id), level, row.get("subject", row.get("type")), solution
-    )
-
-
-def _boxed(problem: Problem) -> str:
-    """The solution of a problem, which ends in the gold answer in a box also where the file has it after "####"."""
-    if extract_answer(problem.solution) is not None:
-        return problem.solution
-    return f"{problem.solution.partition('####')[0].strip()}\nThe answer is \\boxed{{{problem.answer}}}."
+    unique_id = str(row.get("unique_id") or unique_id)
+    return Problem(problem, answer, unique_id, level, row["subject"], row["solution"])
 
 
 def _check_steps(steps: object) -> None:

@@ -57,7 +57,7 @@ def cut(text: bytes) -> list[tuple[int, str]]:
     What comes before the first marker is a solve, unless it is only white space, which then goes to the first action.
     """
     cuts = [(match.start(), "verify" if match[1] else "solve") for match in _MARKER.finditer(text)]
-    if not cuts or text[: cuts[0][0]].strip():
+    if not cuts or text[: cuts[0][0]].decode("utf-8", "replace").strip():
         return [(0, "solve"), *cuts]
     return [(0, cuts[0][1]), *cuts[1:]]
 

@@ -1,10 +1,10 @@
 """Packed batches: whole sequences end to end in one flat array, and the one place of the next-token shift.
 
     ids      [ p p p r r r | p p r r r r ]     p prompt, r response         (T,)
-    scored   [       3 4 5       8 9 … ]       where the tokens with a loss stand in `ids`  (K,)
+    scored   [       3 4 5       8 9 … ]       where the tokens with a loss stand in `ids`  (Q,)
 
 A micro-batch is as many sequences as fit into a budget of tokens. The budget changes memory, never the gradient:
-every loss of this code base divides by counts of the whole batch. Called by `train_sft.py` and `train_rl.py`.
+every loss of this code base divides by counts of the whole batch.
 """
 
 from collections.abc import Sequence
@@ -13,22 +13,24 @@ from dataclasses import dataclass
 import torch
 
 from kernels.logprob import token_logp
+from s2r.data import Example
+from s2r.grammar import Action, encode, prompt
+from s2r.hf.tokenizer import Tokenizer
 from s2r.model import Transformer
-from s2r.grammar import Action
 
 
 @dataclass(frozen=True)
 class Pack:
-    """One micro-batch on the device: S sequences, T tokens, K of them scored."""
+    """One micro-batch on the device: S sequences, T tokens, Q of them scored."""
 
     rows: list[int]  # which sequences of the batch these are
     ids: torch.Tensor  # (T,) int64
     cu_seqlens: torch.Tensor  # (S+1,) int64
-    scored: torch.Tensor  # (K,) int64, rising positions in `ids`, never the first of a sequence
+    scored: torch.Tensor  # (Q,) int64, rising positions in `ids`, never the first of a sequence
 
     @property
     def targets(self) -> torch.Tensor:
-        """The scored tokens, (K,) int64."""
+        """The scored tokens, (Q,) int64."""
         return self.ids[self.scored]
 
 
@@ -60,13 +62,28 @@ def pack(
 
 
 def predictors(model: Transformer, batch: Pack) -> torch.Tensor:
-    """The hidden states (K, D) from which the scored tokens are predicted: those of the token before each."""
+    """The hidden states (Q, D) from which the scored tokens are predicted: those of the token before each."""
     return model(batch.ids, batch.cu_seqlens)[batch.scored - 1]
 
 
 def policy_logp(model: Transformer, batch: Pack, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """log p of the scored tokens at this temperature, and the entropy where each was drawn; (K,) fp32 both, in nats."""
+    """log p of the scored tokens at this temperature, and the entropy where each was drawn; (Q,) fp32 both, in nats."""
     return token_logp(predictors(model, batch), model.head_weight, batch.targets, temperature)
+
+
+def sft_sequences(
+    examples: Sequence[Example], tokenizer: Tokenizer, longest: int, unmasked: bool
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of each example with at most `longest`, prompt included, and the positions in it that have a loss."""
+    sequences, scored = [], []
+    for example in examples:
+        prefix = prompt(example.problem, tokenizer)
+        ids, actions = encode(example.trajectory, tokenizer)
+        if len(prefix) + len(ids) <= longest:
+            targets = range(len(ids)) if unmasked else sft_targets(actions)
+            sequences.append(prefix + ids)
+            scored.append([len(prefix) + t for t in targets])
+    return sequences, scored
 
 
 def sft_targets(actions: Sequence[Action]) -> list[int]:

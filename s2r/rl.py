@@ -13,13 +13,12 @@ differ in what a *span* is, the piece of y that has one reward, one advantage an
     R(a_t), the reward context              §2.3.2      reward_contexts
     b̂, leave-one-out                        (2)         leave_one_out
     b̂, by reward context                    (4)         context_baseline
-    b̂, offline                              App. F      offline_baseline
     A = R − b̂ − β·log(π_old / π_ref)        (2), (5)    advantages
     L = −E[min(r·A, clip(r, 1±ε)·A)]        (3), (6)    policy_loss
 
-Rewards are ±1 and come from rules alone. A = spans of the batch, K = response tokens of the batch; a token carries
-the number of its span, and sums over a span are `index_add`. Called by `train_rl.py`, and for rewards by what shows,
-records and selects rollouts.
+Rewards are ±1 and come from rules alone. The baselines of offline RL are in `s2r/offline.py`. J is the number of spans
+in a micro-batch, Q the number of its response tokens. Each token carries the number of its span, and a sum over spans
+is an `index_add`.
 """
 
 from collections import defaultdict
@@ -29,8 +28,6 @@ from dataclasses import dataclass
 import torch
 
 from s2r.grammar import Action
-
-ACCURACY_BIN = 0.2  # width of a bin of problems of like difficulty, offline; the paper names none
 
 
 def outcome_reward(actions: Sequence[Action]) -> float:
@@ -78,22 +75,6 @@ def context_baseline(rewards: Sequence[Sequence[float]]) -> list[list[float]]:
     return group_means(rewards, [reward_contexts(row) for row in rewards])
 
 
-def offline_baseline(
-    rewards: Sequence[Sequence[float]], accuracy: Sequence[float], by: str
-) -> list[list[float]]:
-    """b̂ of offline RL (App. F): the mean reward over a recorded set of all actions of the same kind of place.
-
-    `rewards` holds the rewards of each trajectory's spans, `accuracy` the sampled accuracy of its problem. A place is
-    an accuracy bin and, `by` "position", the place of the action in its trajectory or, `by` "context", its reward
-    context. With one span a trajectory (outcome level) both are the accuracy bin alone. Same shape as `rewards`.
-    """
-    places = [
-        [(int(round(share / ACCURACY_BIN, 9)), t if by == "position" else tuple(row[:t])) for t in range(len(row))]
-        for share, row in zip(accuracy, rewards)
-    ]
-    return group_means(rewards, places)
-
-
 def group_means(rewards: Sequence[Sequence[float]], groups: Sequence[Sequence]) -> list[list[float]]:
     """For each reward the mean of all the rewards in its group; `rewards`, `groups` and the result have one shape."""
     members = defaultdict(list)
@@ -131,16 +112,10 @@ def online_credit(trajectories: Sequence, level: str, rollouts: int) -> list[Cre
     return [Credit(*credit) for credit in zip(lengths, reward, baseline)]
 
 
-def offline_credit(trajectories: Sequence, level: str, accuracy: Sequence[float], by: str) -> list[Credit]:
-    """Credit within a whole recorded set; `accuracy` and `by` as `offline_baseline` takes them."""
-    lengths, reward = span_rewards(trajectories, level)
-    return [Credit(*credit) for credit in zip(lengths, reward, offline_baseline(reward, accuracy, by))]
-
-
 def spans(
     credits: Sequence[Credit], trajectories: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A micro-batch of credits as tensors: span (K,) int64, reward (A,), baseline (A,), weight (A,).
+    """A micro-batch of credits as tensors: span (Q,) int64, reward (J,), baseline (J,), weight (J,).
 
     `trajectories` is B, the number in the whole update. The weights carry the expectation of (3) and (6): 1/B for a
     trajectory, 1/(B·|y|_a) for an action. Over an update they sum to 1, however it is split into micro-batches.
@@ -154,7 +129,7 @@ def spans(
 
 
 def span_sum(x: torch.Tensor, span: torch.Tensor, spans: int) -> torch.Tensor:
-    """Sum of x (K,) over the tokens of each span, (A,) in fp32; `span` (K,) int64 holds each token's span number."""
+    """Sum of x (Q,) over the tokens of each span, (J,) in fp32; `span` (Q,) int64 holds each token's span number."""
     return torch.zeros(spans, device=x.device).index_add(0, span, x.float())
 
 
@@ -167,9 +142,9 @@ def advantages(
     *,
     beta: float,
 ) -> torch.Tensor:
-    """A of (2) and (5), (A,): reward − baseline − β·log(π_old/π_ref), the log-ratio summed over the span's tokens.
+    """A of (2) and (5), (J,): reward − baseline − β·log(π_old/π_ref), the log-ratio summed over the span's tokens.
 
-    reward and baseline (A,); logp_old, logp_ref and span (K,).
+    reward and baseline (J,); logp_old, logp_ref and span (Q,).
     """
     return reward - baseline - beta * span_sum(logp_old - logp_ref, span, len(reward))
 
@@ -183,9 +158,9 @@ def policy_loss(
     *,
     epsilon: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """L of (3) and (6), −Σ weight · min(r·A, clip(r, 1−ε, 1+ε)·A), and the ratio r of each span, (A,), detached.
+    """L of (3) and (6), −Σ weight · min(r·A, clip(r, 1−ε, 1+ε)·A), and the ratio r of each span, (J,), detached.
 
-    logp (K,) has the gradient, logp_old and span (K,) do not; advantage and weight (A,), the weights those of `spans`,
+    logp (Q,) has the gradient, logp_old and span (Q,) do not; advantage and weight (J,), the weights those of `spans`,
     so that the loss of an update is the plain sum over its micro-batches.
     """
     tokens = span_sum(torch.ones_like(logp), span, len(advantage))

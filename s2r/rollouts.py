@@ -1,20 +1,19 @@
 """Judged responses: problem → prompt → sampled ids → actions → right or wrong. And the file that keeps them.
 
-Called by `sample.py` and `train_rl.py`, which roll out alike, and by `s2r/selection.py`, which reads the file.
+`sample.py` and `train_rl.py` sample by `roll_out`; `s2r/offline.py` reads the file.
 """
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from s2r import rl
-from s2r.data import Problem, drop_torn_line, read_jsonl
-from s2r.generate import Rollout, generate
+from s2r.data import Problem, read_jsonl
+from s2r.generate import generate
 from s2r.grade import parsable
-from s2r.model import Transformer
-from s2r.hf.tokenizer import Tokenizer
 from s2r.grammar import Action, judge, parse, prompt
+from s2r.hf.tokenizer import Tokenizer
+from s2r.model import Transformer
 
 FIELDS = {"ids": int, "prompt_ids": int, "logp": float}  # of a rollout file's row: lists, and of what
 
@@ -93,35 +92,6 @@ def load_rollouts(path: str | Path, tokenizer: Tokenizer) -> list[Trajectory]:
     return trajectories
 
 
-class Journal:
-    """The rollouts of a run as they end, in a file of their own, so that a run that was killed can go on.
-
-    First line: the run's settings. Then a line for each rollout; `known` are those of the run that was killed. Raises
-    ValueError when the file is of other settings.
-    """
-
-    def __init__(self, path: Path, settings: dict) -> None:
-        self.path, self.settings, self.known = path, settings, []
-        if path.exists() and drop_torn_line(path):
-            begun, *rows = read_jsonl(path)
-            if other := [name for name in settings if begun.get(name) != settings[name]]:
-                raise ValueError(
-                    f"{path} holds rollouts of a run that was cut short, with another --{other[0].replace('_', '-')} "
-                    f"({begun.get(other[0])}); give the same flags to go on with it, or delete it"
-                )
-            self.known = [Rollout(**row) for row in rows]
-
-    def add(self, rollout: Rollout) -> None:
-        """Write down a rollout that has ended."""
-        with self.path.open("a", encoding="utf-8") as file:
-            for row in [asdict(rollout)] if file.tell() else [self.settings, asdict(rollout)]:
-                file.write(json.dumps(row) + "\n")
-
-    def remove(self) -> None:
-        """Delete the file, when the rollout file is written."""
-        self.path.unlink(missing_ok=True)
-
-
 def encode_prompts(problems: Sequence[Problem], tokenizer: Tokenizer, context: int) -> list[list[int]]:
     """Prompt ids of each problem. Raises ValueError, naming the problem, where they leave no room in the context."""
     prompts = [prompt(problem.problem, tokenizer) for problem in problems]
@@ -176,30 +146,3 @@ def roll_out(
         )
         for r in rollouts
     ]
-
-
-COLOURS = {"solve": 34, "verify": 33, "good": 32, "bad": 31}  # ANSI: blue, yellow, green, red
-
-
-def show(trajectory: Trajectory, colour: bool = False) -> str:
-    """A trajectory for the terminal: each action under a line with its kind, what was read from it and its reward.
-
-    Without a gold answer there is nothing to reward, and no reward is shown. `colour` is for terminals.
-    """
-
-    def paint(text: str, name: str) -> str:
-        return f"\033[{COLOURS[name]}m{text}\033[0m" if colour else text
-
-    def rewarded(what: str, reward: float) -> str:
-        return paint(f"{what} {reward:+.0f}", "good" if reward > 0 else "bad")
-
-    gold = trajectory.problem.answer
-    lines = [f"── problem {trajectory.problem.unique_id}: {trajectory.problem.problem}"]
-    for action, reward in zip(trajectory.actions, rl.process_rewards(trajectory.actions, trajectory.finished)):
-        read = f"answer {action.answer}" if action.kind == "solve" else f"verdict {action.verdict}"
-        head = paint(f"── {action.kind}: {read}", action.kind)
-        lines += [head + (f", {rewarded('reward', reward)}" if gold else ""), action.text.strip()]
-    end = "── stopped by itself" if trajectory.finished else "── cut off by the length limit"
-    outcome = rewarded("outcome reward", rl.outcome_reward(trajectory.actions))
-    lines.append(end + (f"; gold answer {gold}, {outcome}" if gold else ""))
-    return "\n".join(lines)

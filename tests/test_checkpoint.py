@@ -1,19 +1,21 @@
 """The run folder: settings, log, checkpoints, what a full disk or a kill leaves, and what is resumed."""
 
+import dataclasses
 import hashlib
 import json
 import os
 import re
 import shutil
 import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from test_runtime import ALONE, BATCH, Config, adam, start, step
+from test_loop import ALONE, BATCH, Config, adam, start, step
 
-from s2r import checkpoint
+from s2r.run import checkpoint
 from s2r.model import Transformer
 from tiny_model import digest
 
@@ -28,7 +30,7 @@ def cfg(base, tmp_path) -> Config:
 
 def take_up(cfg: Config, data: str = "config.json") -> checkpoint.Run:
     """The run folder of these settings; `data`, what is learnt from, is a file of the model folder for want of any."""
-    return checkpoint.Run(cfg, ALONE, f"{cfg.model}/{data}")
+    return checkpoint.Run(cfg, ALONE, data=f"{cfg.model}/{data}", steps=cfg.steps)
 
 
 @pytest.fixture
@@ -44,9 +46,10 @@ def saved(cfg, model):
 
 def test_run_writes_its_settings(cfg, base, tmp_path):
     take_up(cfg)
-    assert json.loads((tmp_path / "run" / "run.json").read_text()) == {
-        "model": cfg.model, "out": cfg.out, "level": "outcome", "max_new_tokens": 8, "lr": 0.5, "steps": 4, "keep": 2,
-        "offload": False, "data_sha256": hashlib.sha256((base / "config.json").read_bytes()).hexdigest()}
+    written = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert {"command", "commit", "torch"} <= set(written)
+    settings = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in ("resume", "range")}
+    assert written == written | settings | {"range": [0.1, 0.7], "data_sha256": hashlib.sha256((base / "config.json").read_bytes()).hexdigest()}
 
 
 def test_run_refuses_a_folder_that_holds_a_run(cfg, saved, tmp_path):
@@ -77,10 +80,10 @@ def test_run_resumes_with_the_same_data_only(cfg, saved, tmp_path):
     assert digest(tmp_path) == before
 
 
-def test_run_has_nothing_to_resume(cfg, tmp_path):
-    with pytest.raises(FileNotFoundError, match="nothing to resume"):
-        take_up(replace(cfg, resume=True))
-    assert not (tmp_path / "run").exists()
+def test_resume_of_a_run_that_does_not_exist_starts_it(cfg, model, tmp_path):
+    """So a script of commands with --resume can be started again as it is."""
+    assert take_up(replace(cfg, resume=True)).restore(model, adam(model)) == 0
+    assert (tmp_path / "run" / "run.json").is_file()
 
 
 def test_run_that_stopped_before_its_first_checkpoint_starts_anew(cfg, model, tmp_path):
@@ -94,7 +97,7 @@ def test_run_that_stopped_before_its_first_checkpoint_starts_anew(cfg, model, tm
 def test_run_whose_checkpoints_were_taken_away_is_not_started_anew(cfg, saved, tmp_path):
     shutil.rmtree(tmp_path / "run" / "step-1")
     before = digest(tmp_path)
-    with pytest.raises(FileNotFoundError, match="nothing to resume"):
+    with pytest.raises(FileExistsError, match="a run whose checkpoints are gone"):
         take_up(replace(cfg, resume=True))
     assert digest(tmp_path) == before
 
@@ -405,6 +408,14 @@ def test_resume_on_a_full_disk_loses_neither_settings_nor_log(cfg, saved, base, 
 
 
 def test_log_prints_a_line_and_writes_a_row(cfg, capsys, tmp_path):
-    take_up(cfg).log({"step": 3, "nll": 0.123456789, "icr": None})
-    assert capsys.readouterr().out == "step 3  nll 0.1235  icr None\n"
-    assert (tmp_path / "run" / "log.jsonl").read_text() == '{"step": 3, "nll": 0.123456789, "icr": null}\n'
+    run = take_up(cfg)
+    run.log({"step": 1, "nll": 0.123456789, "icr": None})
+    assert capsys.readouterr().out == "step 1/4, ? left  nll 0.1235  icr –\n"
+    run.pace = (time.time() - 600, 1)  # step 1 ended ten minutes ago
+    run.log({"step": 2, "nll": 0.5, "icr": 1.0})
+    assert capsys.readouterr().out == "step 2/4, 20 min left  nll 0.5  icr 1\n"
+    assert (tmp_path / "run" / "log.jsonl").read_text().splitlines()[0] == '{"step": 1, "nll": 0.123456789, "icr": null}'
+    run.evaluated(2, {"accuracy": 0.5, "by_level": {"1": {"accuracy": 0.5}}})
+    assert capsys.readouterr().out == "evaluation after step 2  accuracy 0.5\n"
+    row = json.loads((tmp_path / "run" / "eval.jsonl").read_text())
+    assert row == {"step": 2, "accuracy": 0.5, "by_level": {"1": {"accuracy": 0.5}}}

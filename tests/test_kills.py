@@ -21,7 +21,7 @@ from test_scripts import RL, SFT, log
 
 import train_rl
 import train_sft
-from s2r import runtime
+from s2r.run import flags
 from tiny_model import problem_file, same, tiny_model, trajectory_file
 
 if "forkserver" not in multiprocessing.get_all_start_methods():
@@ -51,27 +51,27 @@ def poisoned(model, batch, temperature, policy_logp=train_rl.policy_logp):
     return (logp * float("nan") if logp.requires_grad else logp), entropy
 
 
-def process(name: str, flags: list[str], rank: int, ranks: int, port: int, errors: str, poison: int) -> None:
+def process(name: str, argv: list[str], rank: int, ranks: int, port: int, errors: str, poison: int) -> None:
     """What a forked process does: one rank of a script, as its command does it; rank `poison` has a loss of NaN."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     sys.stdout = open(os.devnull, "w")
     sys.stderr = open(errors, "a", buffering=1)
-    sys.argv = [name, *flags]
+    sys.argv = [name, *argv]
     torch.set_num_threads(1)
     if rank == poison:
         train_rl.policy_logp = poisoned
-    runtime.start(SCRIPTS[name].main, SCRIPTS[name].Config)
+    flags.start(SCRIPTS[name].main, SCRIPTS[name].Config)
 
 
 def launch(name: str, ranks: int, folder: Path, out: Path, poison: int = -1, **change) -> list:
     """The processes of a run, started."""
     settings = SETTINGS[name] | {"model": folder / "model", "data": folder / f"{name}.jsonl", "out": out} | change
-    flags = [f"--{key.replace('_', '-')}" + ("" if value is True else f"={value}") for key, value in settings.items()]
+    argv = [f"--{key.replace('_', '-')}" + ("" if value is True else f"={value}") for key, value in settings.items()]
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     errors = str(out) + ".stderr"
-    started = [FORK.Process(target=process, args=(name, flags, i, ranks, port, errors, poison)) for i in range(ranks)]
+    started = [FORK.Process(target=process, args=(name, argv, i, ranks, port, errors, poison)) for i in range(ranks)]
     for one in started:
         one.start()
     return started
@@ -129,8 +129,7 @@ def test_killed_at_any_moment_and_resumed_is_as_in_one_go(folder, whole, tmp_pat
                     one.kill()
                 killed = finish(started)
                 found = sorted(file.name for file in out.glob("*")) if out.exists() else []
-                resume = {"resume": True} if "run.json" in found else {}
-                assert finish(launch(name, ranks, folder, out, **resume)) == [0] * ranks, (out, found)
+                assert finish(launch(name, ranks, folder, out, resume=True)) == [0] * ranks, (out, found)
                 assert same_run(out, wanted), (out, found)
                 assert "warning" not in Path(f"{out}.stderr").read_text()  # no newest checkpoint was unreadable
                 with capsys.disabled():

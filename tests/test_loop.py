@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,8 @@ import torch
 import sample
 import train_rl
 import train_sft
-from s2r import checkpoint, runtime
+from s2r.data import order
+from s2r.run import checkpoint, flags, loop, ranks
 from s2r.model import Transformer
 from s2r.packing import pack
 from s2r.run.ranks import Ranks
@@ -32,23 +34,36 @@ SCRIPTS = (sample, train_sft, train_rl)
 
 @dataclass(frozen=True)
 class Config:
-    model: str = "base"  # folder to start from
+    model: str  # folder to start from
     out: str = "run"  # folder to write
     level: Literal["outcome", "process"] = "outcome"  # what has a reward
     max_new_tokens: int = 8  # 50% of the limit
     lr: float = 0.5  # learning rate
     steps: int = 4  # (paper: 500)
-    resume: bool = False  # go on
+    resume: bool = False  # continue
     keep: int = 2  # checkpoints
     offload: bool = False  # optimizer state on the CPU
+    range: tuple[float, float] = (0.1, 0.7)  # two numbers
+    max_grad_norm: float = 1.0  # clip
+    save_every: int = 50  # steps
+    tensorboard: bool = False  # log
 
 
 # --- parse ---
 
 def test_parse_reads_every_kind_of_flag():
-    assert runtime.parse(Config, []) == Config()
-    argv = "--model a --level process --max-new-tokens 9 --lr 1e-3 --resume --steps=7".split()
-    assert runtime.parse(Config, argv) == Config("a", "run", "process", 9, 1e-3, 7, True)
+    assert flags.parse(Config, ["--model", "base"]) == Config("base")
+    argv = "--model a --level process --max-new-tokens 9 --lr 1e-3 --resume --steps=7 --range 0 1".split()
+    assert flags.parse(Config, argv) == Config("a", "run", "process", 9, 1e-3, 7, True, range=(0.0, 1.0))
+
+
+@pytest.mark.parametrize(("script", "missing"), [
+    (sample, "--model"), (train_sft, "--model, --data, --out"), (train_rl, "--model, --out")])
+def test_parse_names_every_required_flag_that_is_missing_and_the_toy(script, missing, capsys):
+    with pytest.raises(SystemExit) as exit:
+        flags.parse(script.Config, [])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert exit.value.code == 2 and f"missing: {missing} (" in error and "python -m s2r.toy" in error
 
 
 @pytest.mark.parametrize(("argv", "named"), [
@@ -61,10 +76,12 @@ def test_parse_reads_every_kind_of_flag():
     ("--level both", "--level"),
     ("--resume yes", "yes"),
     ("--steps", "--steps"),
+    ("--range 0", "--range"),
+    ("--lr 1", "missing: --model"),
 ])
 def test_parse_exits_2_with_usage(argv, named, capsys):
     with pytest.raises(SystemExit) as exit:
-        runtime.parse(Config, argv.split())
+        flags.parse(Config, argv.split())
     error = capsys.readouterr().err
     assert exit.value.code == 2 and error.startswith("usage:") and named in error.splitlines()[-1]
 
@@ -72,23 +89,24 @@ def test_parse_exits_2_with_usage(argv, named, capsys):
 @pytest.mark.parametrize("config", [Config, *(script.Config for script in SCRIPTS)])
 def test_parse_help_says_what_each_setting_is(config, capsys):
     with pytest.raises(SystemExit) as exit:
-        runtime.parse(config, ["--help"])
+        flags.parse(config, ["--help"])
     text = "".join(capsys.readouterr().out.split())  # argparse breaks lines at blanks and hyphens
     assert exit.value.code == 0
     source = Path(sys.modules[config.__module__].__file__).read_text()
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
     for field in dataclasses.fields(config):
         assert "--" + field.name.replace("_", "-") in text
-        assert "".join(f"{comments[field.name]} [{field.default}]".split()) in text
+        shown = "(required)" if field.default is dataclasses.MISSING else f"[{field.default}]"
+        assert "".join(f"{comments[field.name]} {shown}".split()) in text
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_every_setting_is_read(script):
-    """A flag that nothing reads does nothing in silence: each field is a `cfg.name` in the script or the runtime."""
+    """A flag that nothing reads does nothing in silence: each field is a `cfg.name` in the script or in s2r/run."""
     read = set()
-    for file in (script.__file__, runtime.__file__, checkpoint.__file__):
-        for node in ast.walk(ast.parse(Path(file).read_text())):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "cfg":
+    for file in (script, checkpoint, loop, ranks):
+        for node in ast.walk(ast.parse(Path(file.__file__).read_text())):
+            if isinstance(node, ast.Attribute) and getattr(node.value, "id", getattr(node.value, "attr", "")) == "cfg":
                 read.add(node.attr)
     assert {field.name for field in dataclasses.fields(script.Config)} <= read
 
@@ -96,8 +114,8 @@ def test_every_setting_is_read(script):
 # --- start ---
 
 def start(main, monkeypatch, *argv: str):
-    monkeypatch.setattr(sys, "argv", ["script.py", *argv])
-    runtime.start(main, Config)
+    monkeypatch.setattr(sys, "argv", ["script.py", *(argv or ("--model", "base"))])
+    flags.start(main, Config)
 
 
 def test_start_turns_our_error_into_one_line_and_status_2(monkeypatch, capsys):
@@ -119,9 +137,47 @@ def test_start_leaves_a_bug_its_traceback(monkeypatch, tmp_path):
     spec = importlib.util.spec_from_file_location("library", library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(runtime, "ROOT", tmp_path)
+    monkeypatch.setattr(flags, "ROOT", tmp_path)
     with pytest.raises(ValueError, match="shapes"):
         start(module.work, monkeypatch)
+
+
+def test_start_takes_an_error_of_every_room_for_ours(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(flags, "ROOT", tmp_path)
+    for room in ("", "s2r", "kernels", *(f"s2r/{room}" for room in ("hf", "grade", "run", "stage0", "view", "toy"))):
+        file = tmp_path / room / "room.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"def work(cfg):\n    raise ValueError('said in {room}')\n")
+        spec = importlib.util.spec_from_file_location("room", file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        with pytest.raises(SystemExit):
+            start(module.work, monkeypatch)
+        assert capsys.readouterr().err == f"error: said in {room}\n"
+
+
+@pytest.mark.parametrize("argv", [
+    ["train_sft.py", "--model", "nowhere", "--data", "nowhere.jsonl", "--out", "out"],
+    ["-m", "s2r.stage0.select", "--rollouts", "nowhere.jsonl", "--out", "out"],
+    ["-m", "s2r.stage0.build", "--rollouts", "nowhere.jsonl", "--verifications", "nowhere.jsonl", "--out", "out"],
+    ["-m", "s2r.stage0.verifications", "--rollouts", "nowhere.jsonl", "--out", "out", "--model", "nowhere"],
+    ["-m", "s2r.view.report", "nowhere.json"],
+    ["-m", "s2r.view.curves", "nowhere", "--out", "out.svg"],
+    ["-m", "s2r.run.memory", "--model", "nowhere", "--gpus", "1"],
+    ["-m", "s2r.toy.world", "--rollouts", "nowhere.jsonl", "--out", "out"],
+], ids=lambda argv: argv[0] if argv[0] != "-m" else argv[1])
+def test_refusal_of_every_room_is_one_line(argv, tmp_path):
+    done = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("error: nowhere") and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize(("value", "named"), [
+    ({"steps": -3}, "--steps -3"), ({"lr": float("inf")}, "--lr inf"), ({"lr": float("nan")}, "--lr nan"),
+    ({"keep": 0}, "--keep 0"), ({"range": (0.1, -1.0)}, "--range -1.0")])
+def test_check_refuses_numbers_that_make_no_sense(value, named):
+    flags.check(Config("m"), "keep")
+    with pytest.raises(ValueError, match=named):
+        flags.check(dataclasses.replace(Config("m"), **value), "keep")
 
 
 def test_sample_refuses_more_than_one_process(monkeypatch):
@@ -133,53 +189,58 @@ def test_sample_refuses_more_than_one_process(monkeypatch):
 # --- device, order, load ---
 
 def test_pick_auto_is_fp32_on_a_cpu():
-    assert runtime.pick("cpu", "auto") == (torch.device("cpu"), torch.float32)
-    assert runtime.pick("cpu", "bfloat16") == (torch.device("cpu"), torch.bfloat16)
+    assert loop.pick("cpu", "auto") == (torch.device("cpu"), torch.float32)
+    assert loop.pick("cpu", "bfloat16") == (torch.device("cpu"), torch.bfloat16)
 
 
 @pytest.mark.parametrize("device", ["nonsense", "cuda:x", pytest.param("cuda", marks=pytest.mark.skipif(
     torch.cuda.is_available(), reason="there is a GPU"))])
 def test_pick_names_a_device_that_is_not_here(device):
     with pytest.raises(ValueError, match=f"--device {device}"):
-        runtime.pick(device, "auto")
+        loop.pick(device, "auto")
 
 
-def test_pick_names_a_gpu_beyond_those_there_are_and_makes_the_one_it_takes_current(monkeypatch):
+def test_pick_names_a_gpu_beyond_those_there_are_and_makes_the_one_it_takes_current(monkeypatch, capsys):
     taken = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    assert runtime.pick("cuda:1", "auto") == (torch.device("cuda:1"), torch.bfloat16)
-    assert runtime.pick("cuda", "float32") == (torch.device("cuda:0"), torch.float32)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8 if device == "cuda:1" else 7, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old card")
+    assert loop.pick("cuda:1", "auto") == (torch.device("cuda:1"), torch.bfloat16)
+    assert loop.pick("cuda:0", "auto") == (torch.device("cuda:0"), torch.float32)  # no bf16 before sm_80, and it says so
+    assert "an old card has no bfloat16" in capsys.readouterr().out
+    taken.pop()
+    assert loop.pick("cuda", "float32") == (torch.device("cuda:0"), torch.float32)
     assert taken == ["cuda:1", "cuda:0"]
     with pytest.raises(ValueError, match="--device cuda:2: torch sees 2 GPUs"):
-        runtime.pick("cuda:2", "auto")
+        loop.pick("cuda:2", "auto")
 
 
 def test_order_is_a_permutation_by_seed_and_epoch():
-    assert sorted(runtime.order(50, 3, 7)) == list(range(50)) and runtime.order(50, 3, 7) == runtime.order(50, 3, 7)
-    assert len({tuple(runtime.order(50, seed, epoch)) for seed in range(4) for epoch in range(4)}) == 16
+    assert sorted(order(50, 3, 7)) == list(range(50)) and order(50, 3, 7) == order(50, 3, 7)
+    assert len({tuple(order(50, seed, epoch)) for seed in range(4) for epoch in range(4)}) == 16
 
 
 def test_load_keeps_fp32_weights_to_train_and_cuts_the_vocabulary(tmp_path):
     tiny_model(tmp_path, spare=7)
-    model, tokenizer = runtime.load(str(tmp_path), torch.device("cpu"), torch.bfloat16, train=True)
+    model, tokenizer = loop.load(str(tmp_path), torch.device("cpu"), torch.bfloat16, train=True)
     assert model.dtype == torch.bfloat16 and {p.dtype for p in model.parameters()} == {torch.float32}
     assert model.vocab_size == tokenizer.vocab_size == len(model.embed) - 7 == len(model.head_weight)
-    model, _ = runtime.load(str(tmp_path), torch.device("cpu"), torch.bfloat16)
+    model, _ = loop.load(str(tmp_path), torch.device("cpu"), torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
 def test_load_refuses_a_tokenizer_larger_than_the_embedding(tmp_path):
     tiny_model(tmp_path, spare=-5)
     with pytest.raises(ValueError, match=r"the tokenizer has \d+ ids, the embedding \d+ rows"):
-        runtime.load(str(tmp_path), torch.device("cpu"), torch.float32)
+        loop.load(str(tmp_path), torch.device("cpu"), torch.float32)
 
 
 # --- optimizer step ---
 
 BATCH = pack([[1, 2, 3]], [[1, 2]], 9, "cpu")
-RUN = SimpleNamespace(ranks=ALONE, offload=False, keep_batch=lambda step, batch: f"{len(batch)} of step {step} saved")
+RUN = SimpleNamespace(ranks=ALONE, cfg=Config("m"), keep_batch=lambda step, batch: f"{len(batch)} of step {step} saved")
 
 
 def adam(model: Transformer) -> torch.optim.Optimizer:
@@ -189,8 +250,8 @@ def adam(model: Transformer) -> torch.optim.Optimizer:
 def step(model: Transformer, optimizer: torch.optim.Optimizer, gradient: float = 1.0, run=RUN, loss: float = 0.5) -> float:
     for p in model.parameters():
         p.grad = torch.full_like(p, gradient)
-    return runtime.optimizer_step(
-        model, optimizer, run, step=3, lr=1e-2, clip=1.0, loss=loss, what="examples [5]", batch=BATCH)
+    return loop.optimizer_step(
+        run, model, optimizer, step=3, lr=1e-2, loss=loss, what="examples [5]", batch=BATCH)
 
 
 def test_optimizer_step_clips_and_uses_the_rate_it_is_given(model):
@@ -223,7 +284,7 @@ def test_optimizer_step_stops_at_what_is_not_finite(where, bad, model, monkeypat
 
 def test_optimizer_step_is_the_same_with_its_state_offloaded(model, base):
     other = Transformer.from_pretrained(base)
-    offloaded = SimpleNamespace(**vars(RUN) | {"offload": True})
+    offloaded = SimpleNamespace(**vars(RUN) | {"cfg": Config("m", offload=True)})
     optimizers = adam(model), adam(other)
     for gradient in (1.0, -2.0, 0.5):
         step(model, optimizers[0], gradient)
@@ -232,47 +293,30 @@ def test_optimizer_step_is_the_same_with_its_state_offloaded(model, base):
     assert same(*(optimizer.state_dict() for optimizer in optimizers)) and all(p.grad is None for p in other.parameters())
 
 
-# --- signals, watchdog, memory ---
+# --- signals, memory ---
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stop_notes_the_first_signal_and_leaves_the_second_its_effect(number, handlers):
-    stop = runtime.Stop(ALONE)
+    stop = loop.Stop(ALONE)
     assert not stop.asked() and not stop.agreed()
     os.kill(os.getpid(), number)
     assert stop.asked() and stop.agreed() and signal.getsignal(number) == signal.SIG_DFL
 
 
 def test_stop_under_torchrun_takes_any_number_of_signals(handlers):
-    stop = runtime.Stop(SimpleNamespace(size=2))
+    stop = loop.Stop(SimpleNamespace(size=2))
     for _ in range(3):
         os.kill(os.getpid(), signal.SIGINT)
     assert stop.asked()
 
 
-def test_watchdog_speaks_while_a_step_takes_long(capfd):
-    watchdog = runtime.Watchdog()
-    for number in range(1, 6):
-        watchdog.begin(number)
-        watchdog.end()
-    assert watchdog.timer is None  # nothing was watched before there was a median
-    watchdog.begin(6)
-    watchdog.timer.join()  # the step goes on until the watchdog has spoken
-    watchdog.end()
-    assert re.fullmatch(r"watchdog: step 6 takes more than 10 times the median of \S+ s\n", capfd.readouterr().err)
-    watchdog.seconds = [1e6] * 9
-    watchdog.begin(7)
-    watchdog.end()
-    watchdog.timer.join()  # called off
-    assert capfd.readouterr().err == ""
-
-
-@pytest.mark.parametrize(("script", "flags"), [
+@pytest.mark.parametrize(("script", "less"), [
     (sample, "a lower --tokens-per-microbatch, a lower --slots\n"),
-    (train_sft, "a lower --tokens-per-microbatch, --checkpointing, --offload\n"),
+    (train_sft, "a lower --tokens-per-microbatch, a lower --slots, --checkpointing, --offload\n"),
     (train_rl, "a lower --tokens-per-microbatch, a lower --slots, --checkpointing, --offload\n"),
 ])
 @pytest.mark.parametrize("how", ["gpu", "torch", "python"])
-def test_out_of_memory_names_the_flags_that_help(how, script, flags, monkeypatch, capsys):
+def test_out_of_memory_names_the_flags_that_help(how, script, less, monkeypatch, capsys):
     """What a GPU says is made up here; the CPU really has no petabyte to give."""
 
     def main(cfg):
@@ -280,11 +324,12 @@ def test_out_of_memory_names_the_flags_that_help(how, script, flags, monkeypatch
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has …")
         torch.empty(10**15) if how == "torch" else bytearray(10**18)
 
-    monkeypatch.setattr(sys, "argv", ["script.py"])
+    monkeypatch.setattr(sys, "argv", ["script.py", "--model", "m", *(["--out", "o"] if script is not sample else [])]
+                        + ["--data", "d"])
     with pytest.raises(SystemExit) as exit:
-        runtime.start(main, script.Config)
+        flags.start(main, script.Config)
     error = capsys.readouterr().err
-    assert exit.value.code == 2 and error.startswith("error: out of memory (") and error.endswith(flags)
+    assert exit.value.code == 2 and error.startswith("error: out of memory (") and error.endswith(less)
     assert error.count("\n") == 1
 
 
@@ -297,7 +342,7 @@ def test_start_leaves_another_runtime_error_its_traceback(monkeypatch):
 
 
 def test_clock_parts_the_time():
-    clock = runtime.Clock()
+    clock = loop.Clock()
     clock.lap("rollout")
     clock.lap("update")
     assert list(clock.parts) == ["seconds_rollout", "seconds_update"] and min(clock.parts.values()) >= 0

@@ -10,11 +10,13 @@ from test_scripts import log
 
 import sample
 import train_rl
-from s2r import rl, selection
+from s2r import offline, rl
 from s2r.data import Problem, load_problems, read_jsonl, write_jsonl
 from s2r.model import Transformer
-from s2r.rollouts import load_rollouts
 from s2r.hf.tokenizer import Tokenizer
+from s2r.packing import pack, policy_logp
+from s2r.rollouts import load_rollouts
+from s2r.stage0 import select
 from tiny_model import problem_file, tiny_model
 
 
@@ -43,68 +45,68 @@ def of(problem: str, code: str, tokenizer: Tokenizer):
     ("-i+c-i+c", "right answer was found right"),
     ("-i" * 10, None), ("-i" * 10 + "+", "more than 20"), ("-i" * 9 + "+c", None),
 ])  # fmt: skip
-def test_fault_names_the_rule_that_a_trajectory_breaks(code, why, tokenizer):
-    found = selection.fault(response(code, tokenizer).actions)
+def test_unfit_names_the_rule_that_a_trajectory_breaks(code, why, tokenizer):
+    found = offline.unfit(response(code, tokenizer).actions)
     assert found is None if why is None else why in found
 
 
+def recall(group, tokenizer, tmp_path, per_step=1):
+    write_jsonl(tmp_path / "r.jsonl", (t.to_row() for t in group))
+    return offline.recall(tmp_path / "r.jsonl", tokenizer, 0.7, per_step)
+
+
 @pytest.mark.parametrize("right, kept", [(0, False), (1, True), (5, True), (7, True), (8, False), (10, False)])
-def test_select_keeps_problems_of_medium_sampled_accuracy(right, kept, tokenizer):
+def test_recall_keeps_problems_of_medium_sampled_accuracy(right, kept, tokenizer, tmp_path):
     group = [of("p", "+c" if i < right else "-i", tokenizer) for i in range(10)]
-    chosen, accuracy, counts = selection.select(group)
+    chosen, accuracy, counts = recall(group, tokenizer, tmp_path, per_step=0)
     assert chosen == (group if kept else []) and accuracy == [right / 10] * len(chosen)
     assert counts["rollouts"] == 10 and counts["kept"] == len(chosen)
 
 
-def test_select_counts_dropped_rollouts_in_the_accuracy_of_their_problem(tokenizer):
+def test_recall_counts_dropped_rollouts_in_the_accuracy_of_their_problem(tokenizer, tmp_path):
     group = [of("p", code, tokenizer) for code in ("+c+", "-i", "+cc", "-c")]  # half right; two break a rule
-    chosen, accuracy, counts = selection.select(group)
+    chosen, accuracy, counts = recall(group, tokenizer, tmp_path)
     assert chosen == [group[1], group[3]] and accuracy == [0.5, 0.5]
     assert counts["kept"] == 2 and sum(counts.values()) == 8 and len(counts) == 4
+    with pytest.raises(ValueError, match="2 of 4 rollouts are fit to learn from .* a step takes 3"):
+        recall(group, tokenizer, tmp_path, per_step=3)
 
 
 def test_problems_of_medium_difficulty_are_written_as_a_problem_file(tmp_path, capsys):
     rows = [{"unique_id": f"p/{right}", "problem": f"{right}+0?", "answer": str(right), "level": right,
              "reward": 1 if i < right else -1} for right in range(5) for i in range(4)]
     write_jsonl(tmp_path / "rollouts.jsonl", rows)
-    selection.main(["--rollouts", str(tmp_path / "rollouts.jsonl"), "--out", str(tmp_path / "new" / "p.jsonl")])
+    select.main(select.Config(str(tmp_path / "rollouts.jsonl"), str(tmp_path / "new" / "p.jsonl")))
     found = load_problems(tmp_path / "new" / "p.jsonl")
     assert [(p.unique_id, p.answer, p.level) for p in found] == [("p/1", "1", 1), ("p/2", "2", 2)]
     assert "1  problem too hard" in capsys.readouterr().out
-    selection.main(["--rollouts", str(tmp_path / "rollouts.jsonl"), "--out", str(tmp_path / "all.jsonl"),
-                    "--accuracy", "0", "1"])
+    select.main(select.Config(str(tmp_path / "rollouts.jsonl"), str(tmp_path / "all.jsonl"), (0.0, 1.0)))
     assert len(load_problems(tmp_path / "all.jsonl")) == 5
     with pytest.raises(ValueError, match="widen --accuracy"):
-        selection.main(["--rollouts", str(tmp_path / "rollouts.jsonl"), "--out", str(tmp_path / "none.jsonl"),
-                        "--accuracy", "0.3", "0.4"])
+        select.main(select.Config(str(tmp_path / "rollouts.jsonl"), str(tmp_path / "none.jsonl"), (0.3, 0.4)))
     write_jsonl(tmp_path / "bad.jsonl", [{"unique_id": "p"}])
     with pytest.raises(ValueError, match="bad.jsonl: a row has no 'reward'"):
-        selection.main(["--rollouts", str(tmp_path / "bad.jsonl"), "--out", str(tmp_path / "none.jsonl")])
+        select.main(select.Config(str(tmp_path / "bad.jsonl"), str(tmp_path / "none.jsonl")))
 
 
 # --- baselines ---
 
 
-def test_offline_baseline_by_position_and_by_context_within_bins_of_accuracy():
-    """Accuracies 0.25 and 0.35 share a bin, 0.5 does not. Worked by hand."""
-    rewards, accuracy = [[1, 1], [-1, 1, 1], [-1, -1], [1, -1]], [0.25, 0.35, 0.35, 0.5]
-    by_position = rl.offline_baseline(rewards, accuracy, "position")
-    assert by_position == [pytest.approx(row) for row in ([-1 / 3, 1 / 3], [-1 / 3, 1 / 3, 1], [-1 / 3, 1 / 3], [1, -1])]
-    by_context = rl.offline_baseline(rewards, accuracy, "context")
-    assert by_context == [pytest.approx(row) for row in ([-1 / 3, 1], [-1 / 3, 0, 1], [-1 / 3, 0], [1, -1])]
+def test_offline_baseline_by_accuracy_and_position_or_context_or_by_context_alone():
+    """Three problems, of accuracy 1/4, 3/8 (two trajectories) and 1/2, which share no group. Worked by hand."""
+    rewards, accuracy = [[1, 1], [-1, 1, 1], [-1, -1], [1, -1]], [0.25, 0.375, 0.375, 0.5]
+    assert offline.offline_baseline(rewards, accuracy, "position") == [[1, 1], [-1, 0, 1], [-1, 0], [1, -1]]
+    assert offline.offline_baseline([[1, 1], [-1, 1], [-1, -1]], [0.375] * 3, "position") == [
+        pytest.approx([-1 / 3, 1 / 3])] * 3
+    assert offline.offline_baseline([[1, 1], [-1, 1], [-1, -1]], [0.375] * 3, "context") == [
+        pytest.approx(row) for row in ([-1 / 3, 1], [-1 / 3, 0], [-1 / 3, 0])]
+    # Context alone: () holds 1, -1, -1, 1; (1,) holds 1, -1; (-1,) holds 1, -1; (-1, 1) holds 1.
+    assert offline.offline_baseline(rewards, accuracy, "context-only") == [[0, 0], [0, 0, 1], [0, 0], [0, 0]]
 
 
-def test_a_bin_of_accuracy_holds_its_lower_end():
-    """Whatever 0.6 / 0.2 is in floating point."""
-    for share in (0.2, 0.4, 0.6, 0.8):
-        below, above = share - 0.1, share + 0.1
-        found = rl.offline_baseline([[1.0], [-1.0], [-1.0]], [share, above, below], "position")
-        assert found == [[0.0], [0.0], [-1.0]]
-
-
-def test_offline_credit_at_the_outcome_level_is_a_mean_over_the_bin(tokenizer):
+def test_offline_credit_at_the_outcome_level_is_a_mean_over_problems_of_one_accuracy(tokenizer):
     group = [of(name, code, tokenizer) for name, code in (("a", "+c"), ("a", "-i"), ("b", "-i"), ("c", "+c"))]
-    credits = rl.offline_credit(group, "outcome", [0.5, 0.5, 0.5, 0.7], "context")
+    credits = offline.offline_credit(group, "outcome", [0.5, 0.5, 0.5, 0.7], "context")
     assert [c.baseline for c in credits] == [[pytest.approx(-1 / 3)]] * 3 + [[1.0]]
     assert [c.tokens for c in credits] == [[len(t.ids)] for t in group]
 
@@ -138,15 +140,29 @@ def test_load_rollouts_names_the_row_it_cannot_use(field, value, tokenizer, tmp_
 @pytest.fixture(scope="module")
 def recorded(folder, tokenizer, tmp_path_factory):
     """A rollout file with right and wrong responses to four problems, their log-probabilities those of the model."""
-    path = tmp_path_factory.mktemp("rollouts") / "r.jsonl"
-    codes = ("+c", "-i+c", "-c", "-i-i")
-    group = [replace(of(f"p{i}", code, tokenizer), sample=j) for i in range(4) for j, code in enumerate(codes)]
-    write_jsonl(path, (t.to_row() for t in group))
+    path, model = tmp_path_factory.mktemp("rollouts") / "r.jsonl", Transformer.from_pretrained(folder)
+    rows = []
+    for i in range(4):
+        for j, code in enumerate(("+c", "-i+c", "-c", "-i-i")):
+            t = of(f"p{i}", code, tokenizer)
+            positions = list(range(len(t.prompt_ids), len(t.prompt_ids) + len(t.ids)))
+            (batch,) = pack([t.prompt_ids + t.ids], [positions], 10**6, "cpu")
+            logp = policy_logp(model, batch, 0.7)[0].tolist()
+            rows.append(replace(t, sample=j, logp=logp).to_row())
+    write_jsonl(path, rows)
     return path
 
 
+def test_offline_refuses_rollouts_of_another_model(folder, recorded, tmp_path):
+    """The same tokenizer, other weights: nothing but the recorded log-probabilities tells them apart."""
+    other = tiny_model(tmp_path / "other", std=0.1, seed=1)
+    with pytest.raises(ValueError, match="r.jsonl: its log-probabilities are on average .* away from those of --model"):
+        train_rl.main(train_rl.Config(model=str(other), offline=str(recorded), out=str(tmp_path / "out"), problems=4))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("level", ["outcome", "process"])
-@pytest.mark.parametrize("baseline", ["position", "context"])
+@pytest.mark.parametrize("baseline", offline.BASELINES)
 def test_train_rl_offline_prefers_what_was_right(level, baseline, folder, tokenizer, recorded, tmp_path):
     out = tmp_path / "out"
     settings = {"problems": 4, "rollouts": 4, "updates": 1, "steps": 8, "lr": 3e-3, "warmup": 0, "show_every": 0}

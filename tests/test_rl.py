@@ -8,10 +8,11 @@ import torch
 
 import train_rl
 import train_sft
-from s2r import rl, runtime
+from s2r import rl
 from s2r.data import Problem
 from s2r.model import Transformer
 from s2r.packing import policy_logp
+from s2r.run import loop
 from s2r.run.ranks import Ranks
 from s2r.rollouts import Trajectory
 from s2r.hf.tokenizer import Tokenizer
@@ -259,7 +260,7 @@ def test_policy_loss_ratio_is_length_normalised():
 
 def scored(model, trajectories, credits, **settings) -> list[train_rl.Scored]:
     """`train_rl.score` of one update, with the model as its own reference."""
-    cfg = train_rl.Config(**settings)
+    cfg = train_rl.Config(model="", out="", data="", **settings)
     return train_rl.score(list(zip(trajectories, credits)), Ranks(model.embed.device), model, model, cfg)
 
 
@@ -317,7 +318,7 @@ class Stop(Exception):
 def gradient(script, cfg, monkeypatch) -> torch.Tensor:
     """The gradient, in one vector, that `script` has at its first optimizer step, against a reference that is another
     model than the policy, so that every term of the loss has a part in it."""
-    found, load = [], runtime.load
+    found, load = [], loop.load
 
     def other_reference(folder, device, dtype, train=False, spread=None):
         model, tokenizer = load(folder, device, dtype, train=train)
@@ -327,12 +328,12 @@ def gradient(script, cfg, monkeypatch) -> torch.Tensor:
                 p.data += 0.02 * torch.randn(p.shape, generator=generator)
         return model, tokenizer
 
-    def record(model, *_, **__):
+    def record(run, model, *_, **__):
         found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         raise Stop
 
-    monkeypatch.setattr(runtime, "load", other_reference)
-    monkeypatch.setattr(runtime, "optimizer_step", record)
+    monkeypatch.setattr(loop, "load", other_reference)
+    monkeypatch.setattr(loop, "optimizer_step", record)
     with pytest.raises(Stop):
         script.main(cfg)
     monkeypatch.undo()

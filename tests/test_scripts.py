@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -18,16 +19,17 @@ from safetensors.torch import load_file, save_file
 import sample
 import train_rl
 import train_sft
-from s2r import runtime
 from s2r.data import read_jsonl, write_jsonl
-from s2r.rollouts import Journal, roll_out
+from s2r.rollouts import roll_out
+from s2r.run import checkpoint, flags, loop, ranks
+from s2r.run.journal import Journal
 from s2r.grammar import SYSTEM_PROMPT
 from tiny_model import digest, problem_file, same, steps, tiny_model, trajectory_file
 
 ROOT = Path(__file__).resolve().parents[1]
 SFT = {"batch_size": 8, "lr": 1e-2, "kl": 0.05, "max_length": 400, "device": "cpu"}
 RL = {"problems": 4, "rollouts": 4, "updates": 2, "steps": 4, "max_new_tokens": 60, "lr": 2e-3, "warmup": 2,
-      "save_every": 2, "device": "cpu"}
+      "save_every": 2, "beta": 0.01, "device": "cpu"}
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +59,13 @@ def test_train_sft_learns_and_writes_a_run_folder(world):
     assert set(digest(out)) == model | {"run.json", "log.jsonl"} | {f"step-24/{name}" for name in (*model, "state.pt")}
     settings = asdict(train_sft.Config(model=world.base, data=world.trajectories, out=world.sft, epochs=12, **SFT))
     settings["data_sha256"] = hashlib.sha256(Path(world.trajectories).read_bytes()).hexdigest()
-    assert json.loads((out / "run.json").read_text()) == {k: v for k, v in settings.items() if k != "resume"}
+    written = json.loads((out / "run.json").read_text())
+    made = {name: written.pop(name) for name in ("command", "commit", "torch")}
+    assert written == {k: v for k, v in settings.items() if k != "resume"}
+    assert made["torch"] == torch.__version__ and len(made["commit"]) in (40, 7) and "pytest" in made["command"]
     rows = read_jsonl(out / "log.jsonl")
-    assert [row["step"] for row in rows] == list(range(1, 25)) and rows[-1]["epoch"] == 11
-    assert set(rows[0]) == {"step", "epoch", "nll", "kl", "grad_norm", "lr", "tokens", "tokens_per_second"}
+    assert [row["step"] for row in rows] == list(range(1, 25))
+    assert set(rows[0]) == {"step", "nll", "kl", "grad_norm", "lr", "tokens", "tokens_per_second"}
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-5) and rows[-1]["kl"] > 0.1
     assert rows[-1]["nll"] < 0.2 * rows[0]["nll"]
     assert [row["lr"] for row in rows[:6]] == pytest.approx([2e-3, 4e-3, 6e-3, 8e-3, 1e-2, 1e-2])
@@ -68,7 +73,7 @@ def test_train_sft_learns_and_writes_a_run_folder(world):
 
 def test_train_sft_teaches_the_form_of_a_trajectory(world):
     """After SFT the greedy response to a problem of the data is a solve, then a verify with a verdict, then the end."""
-    model, tokenizer = runtime.load(world.sft, torch.device("cpu"), torch.float32)
+    model, tokenizer = loop.load(world.sft, torch.device("cpu"), torch.float32)
     problems = train_rl.load_problems(world.problems)
     found = roll_out(model, tokenizer, problems, n=1, temperature=0.0, max_new_tokens=100, seed=0, progress=False)
     kinds = [[action.kind for action in t.actions] for t in found]
@@ -83,13 +88,16 @@ def test_train_rl_writes_a_run_folder_that_opens_again(level, world, tmp_path, c
                           eval_every=4, show_every=2, **RL)
     train_rl.main(cfg)
     printed = capsys.readouterr().out
-    assert printed.count("outcome reward") == 2 and f"step 4, {world.problems}" in printed and "level 2" in printed
+    assert printed.count("outcome reward") == 2 and "step 2/4, " in printed
+    assert "evaluation after step 0" in printed and "evaluation after step 4" in printed
+    evaluations = read_jsonl(out / "eval.jsonl")
+    assert [row["step"] for row in evaluations] == [0, 4] and all(row["responses"] == 16 for row in evaluations)
     assert json.loads((out / "run.json").read_text())["level"] == level
     rows = read_jsonl(out / "log.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert list(rows[0]) == [
-        "step", "reward", "accuracy", "first_accuracy", "trials", "va", "icr", "cir", "tokens", "finished", "kl",
-        "entropy", "gap", "clipped", "grad_norm", "lr", "seconds_rollout", "seconds_score", "seconds_update"]
+        "step", "reward", "accuracy", "first_accuracy", "trials", "va", "va_right", "er", "cp", "icr", "cir",
+        "say_correct", "tokens", "finished", "kl", "entropy", "gap", "clipped", "grad_norm", "lr", "seconds_rollout", "seconds_score", "seconds_update"]
     assert [row["lr"] for row in rows] == pytest.approx([1e-3, 2e-3, 2e-3, 2e-3])
     assert rows[0]["kl"] == 0 and rows[-1]["kl"] != 0  # starts as its own reference
     assert all(row["gap"] < 1e-5 and -1 <= row["reward"] <= 1 and row["entropy"] > 0 for row in rows)
@@ -119,7 +127,7 @@ def test_train_rl_in_bf16_samples_from_the_current_weights(world, tmp_path, monk
     config = json.loads((padded / "config.json").read_text())
     (padded / "config.json").write_text(json.dumps(config | {"vocab_size": len(embed) + 7}))
 
-    def load(*args, load=runtime.load, **kwargs):
+    def load(*args, load=loop.load, **kwargs):
         model, tokenizer = load(*args, **kwargs)
         masters.append(model)
         return model, tokenizer
@@ -135,8 +143,8 @@ def test_train_rl_in_bf16_samples_from_the_current_weights(world, tmp_path, monk
         seen.append(sampler.embed.detach().clone())
         return roll_out(sampler, tokenizer, problems, **options)
 
-    monkeypatch.setattr(runtime, "load", load)
-    monkeypatch.setattr(train_rl, "roll_out", watched)
+    monkeypatch.setattr(loop, "load", load)
+    monkeypatch.setattr(ranks, "roll_out", watched)
     settings = RL | {"dtype": "bfloat16", "steps": 3}
     out = tmp_path / "rl"
     train_rl.main(train_rl.Config(model=str(padded), data=world.problems, out=str(out), level="process", **settings))
@@ -191,7 +199,7 @@ def test_sample_killed_at_any_point_goes_on_and_samples_nothing_twice(world, tmp
 
 
 def test_sample_asks_one_problem(world, tmp_path, capsys):
-    sample.main(sample.Config(model=world.sft, ask="3+4?", n=2, temperature=1.0, max_new_tokens=20, data=world.problems,
+    sample.main(sample.Config(model=world.sft, ask="3+4?", n=2, temperature=1.0, max_new_tokens=20,
                               out=str(tmp_path / "asked.jsonl")))
     printed = capsys.readouterr().out
     assert printed.count("── problem asked: 3+4?") == 2 and "reward" not in printed  # no --answer, nothing graded
@@ -273,12 +281,12 @@ def test_resume_is_exact(name, world, tmp_path, monkeypatch):
         settings["dtype"] = "bfloat16" if "bfloat16" in name else "float32"
     script.main(script.Config(out=str(tmp_path / "whole"), **settings))
 
-    def killed(self, row, log=runtime.Run.log):
+    def killed(self, row, log=checkpoint.Run.log):
         if row["step"] == 4:
             raise Killed
         log(self, row)
 
-    monkeypatch.setattr(runtime.Run, "log", killed)
+    monkeypatch.setattr(checkpoint.Run, "log", killed)
     with pytest.raises(Killed):
         script.main(script.Config(out=str(tmp_path / "halves"), **settings))
     monkeypatch.undo()
@@ -315,10 +323,10 @@ def test_signal_while_sampling_gives_the_step_up(world, tmp_path, monkeypatch, c
         found.append(roll_out(*args, step=step, **options))
         return found[-1]
 
-    monkeypatch.setattr(train_rl, "roll_out", interrupted)
+    monkeypatch.setattr(ranks, "roll_out", interrupted)
     train_rl.main(train_rl.Config(out=str(tmp_path / "halves"), **settings))
     assert [len(rollouts) for rollouts in found] == [16, 16, 0]
-    assert capsys.readouterr().out.endswith("stopped by a signal; 2 steps are done, --resume goes on from there\n")
+    assert capsys.readouterr().out.endswith("stopped by a signal; 2 steps are done, --resume continues from there\n")
     assert [file.name for file in (tmp_path / "halves").glob("step-*")] == ["step-2"]
     monkeypatch.undo()
     train_rl.main(train_rl.Config(out=str(tmp_path / "halves"), resume=True, **settings))
@@ -348,7 +356,7 @@ def started(world, tmp_path, monkeypatch):
         argv = [word for flag, value in given.items()
                 for word in ("--" + flag.replace("_", "-"), *([] if value is True else [str(value)]))]
         monkeypatch.setattr(sys, "argv", [name + ".py", *argv])
-        runtime.start(SCRIPTS[name].main, SCRIPTS[name].Config)
+        flags.start(SCRIPTS[name].main, SCRIPTS[name].Config)
 
     return run
 
@@ -404,7 +412,7 @@ def test_missing_data_file_is_named(name, refused, tmp_path):
 
 
 def test_gold_answer_of_a_problem_asked_has_to_be_readable(refused):
-    assert "--answer" in refused("sample", ask="1+1?", answer="\\frac{1}{")
+    assert "--answer" in refused("sample", data="", ask="1+1?", answer="\\frac{1}{")
 
 
 @pytest.mark.parametrize("name", ["sample", "train_rl"])
@@ -424,12 +432,12 @@ def test_no_example_within_max_length_is_an_error(refused, world):
     ("train_sft", "warmup"), ("train_sft", "kl"), ("train_rl", "warmup"), ("train_rl", "beta"), ("sample", "temperature")])
 def test_negative_settings_are_named(name, setting, refused):
     error = refused(name, **{setting: -1})
-    assert error.startswith(f"error: --{setting} -1") and error.endswith(": give 0 or more\n")
+    assert error.startswith(f"error: --{setting} -1") and error.endswith(": give a finite number, 0 or more\n")
 
 
 def test_a_problem_asked_has_no_report_and_without_an_answer_no_judged_page(refused, tmp_path):
-    assert "--report is of a data set" in refused("sample", ask="1+1?", answer="2", report=tmp_path / "r.json")
-    assert "needs --answer" in refused("sample", ask="1+1?", html=tmp_path / "p.html")
+    assert "--report is of a data set" in refused("sample", data="", ask="1+1?", answer="2", report=tmp_path / "r.json")
+    assert "needs --answer" in refused("sample", data="", ask="1+1?", html=tmp_path / "p.html")
 
 
 @pytest.mark.parametrize("name", ["train_sft", "train_rl"])
@@ -440,8 +448,7 @@ def test_out_folder_that_holds_a_run_is_left_alone(name, refused, world, tmp_pat
 
 @pytest.mark.parametrize(("name", "length"), [("train_sft", {"epochs": 1}), ("train_rl", {"steps": 1})])
 def test_resume_with_other_settings_is_refused(name, length, started, refused):
-    assert "nothing to resume" in refused(name, resume=True, **length)
-    started(name, **length)
+    started(name, resume=True, **length)  # there is no run: it starts one
     assert "--lr was" in refused(name, lr=0.5, resume=True, **length)
     assert "--seed was 0, now 1" in refused(name, seed=1, resume=True, **length)
 
@@ -499,8 +506,79 @@ def test_rl_sizes_that_do_not_fit_are_named(refused, world):
     assert f"{world.problems} holds 16 problems, --problems asks for 17" in refused("train_rl", problems=17)
 
 
+def test_resume_cuts_both_logs_by_step_and_evaluates_nothing_twice(world, tmp_path, monkeypatch):
+    """Killed in step 4 of an SFT run that saves every third step and evaluates every second."""
+    settings = SFT | {"epochs": 3, "save_every": 3, "eval_data": world.problems, "eval_every": 2, "max_new_tokens": 8}
+    settings |= {"model": world.base, "data": world.trajectories}
+    train_sft.main(train_sft.Config(out=str(tmp_path / "whole"), **settings))
+
+    def killed(self, row, log=checkpoint.Run.log):
+        log(self, row)
+        if row["step"] == 5:
+            raise Killed
+
+    monkeypatch.setattr(checkpoint.Run, "log", killed)
+    with pytest.raises(Killed):
+        train_sft.main(train_sft.Config(out=str(tmp_path / "halves"), **settings))
+    monkeypatch.undo()
+    assert [row["step"] for row in read_jsonl(tmp_path / "halves" / "eval.jsonl")] == [0, 2, 4]
+    train_sft.main(train_sft.Config(out=str(tmp_path / "halves"), resume=True, **settings))
+    whole, halves = (read_jsonl(tmp_path / half / "eval.jsonl") for half in ("whole", "halves"))
+    assert whole == halves and [row["step"] for row in whole] == [0, 2, 4, 6]
+    assert log(tmp_path / "whole") == log(tmp_path / "halves")
+
+
+def test_beta_0_loads_no_reference(world, tmp_path, monkeypatch):
+    loaded, load = [], loop.load
+
+    def counted(*args, **options):
+        loaded.append(options)
+        return load(*args, **options)
+
+    monkeypatch.setattr(loop, "load", counted)
+    settings = RL | {"model": world.sft, "data": world.problems, "steps": 1}
+    train_rl.main(train_rl.Config(out=str(tmp_path / "free"), **settings | {"beta": 0.0}))
+    assert len(loaded) == 1 and log(tmp_path / "free")[0]["kl"] is None
+    train_rl.main(train_rl.Config(out=str(tmp_path / "tied"), **settings))
+    assert len(loaded) == 3 and log(tmp_path / "tied")[0]["kl"] is not None
+
+
+def test_tensorboard_gets_the_log(world, tmp_path):
+    pytest.importorskip("tensorboard")
+    settings = SFT | {"model": world.base, "data": world.trajectories, "epochs": 1}
+    train_sft.main(train_sft.Config(out=str(tmp_path / "out"), tensorboard=True, **settings))
+    assert list((tmp_path / "out").glob("events*"))
+
+
+def test_step_with_nothing_to_learn_from_is_a_warning(world, tmp_path, capsys):
+    """The random base model is never right: all rewards of every step are −1."""
+    settings = RL | {"model": world.base, "data": world.problems, "steps": 1}
+    train_rl.main(train_rl.Config(out=str(tmp_path / "out"), **settings))
+    assert "warning: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_data_is_required_and_the_toy_is_named(name, refused, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [name, "--model", "m", *(["--out", "o"] if name != "sample" else [])])
+    with pytest.raises(SystemExit) as exit:
+        flags.start(SCRIPTS[name].main, SCRIPTS[name].Config)
+    assert exit.value.code == 2 and "python -m s2r.toy" in capsys.readouterr().err
+    if name == "sample":
+        assert "--ask" in refused(name, data="", ask="")
+
+
+def test_output_that_is_no_file_is_left_alone(refused, tmp_path):
+    """On a pipe; a device would be replaced just so."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for flag in ("out", "report", "html"):
+        assert f"{pipe}: there is something that is not a file" in refused("sample", **{"out": "", flag: pipe})
+        assert pipe.is_fifo()
+
+
 @pytest.mark.parametrize(("name", "flag", "value"), [
-    ("sample", "n", 0), ("sample", "max_new_tokens", 0), ("sample", "slots", 0), ("sample", "temperature", -1.0),
+    ("sample", "seed", -3), ("train_sft", "seed", -3), ("train_rl", "seed", -3), ("sample", "temperature", math.inf),
+    ("train_rl", "temperature", math.inf), ("sample", "n", 0), ("sample", "max_new_tokens", 0), ("sample", "slots", 0), ("sample", "temperature", -1.0),
     ("train_sft", "batch_size", 0), ("train_sft", "epochs", 0), ("train_sft", "save_every", 0),
     ("train_rl", "problems", 0), ("train_rl", "rollouts", 0), ("train_rl", "updates", 0), ("train_rl", "steps", 0),
     ("train_rl", "temperature", 0.0), ("train_rl", "max_new_tokens", 0), ("train_rl", "save_every", 0),

@@ -1,14 +1,15 @@
-"""The run folder of a training script: its settings, its log, its checkpoints, and how it goes on after a stop.
+"""The run folder of a training script: its settings, its logs, its checkpoints, and how it resumes after a stop.
 
-    OUT/run.json        the settings, and the SHA-256 of the data
+    OUT/run.json        the settings, the SHA-256 of the data, the command, the commit and the version of torch
     OUT/log.jsonl       one row per step
+    OUT/eval.jsonl      one row per evaluation
     OUT/step-40/        a checkpoint: a Hugging Face folder with state.pt, which is what --resume needs: fp32 weights,
     OUT/step-60/        optimizer, step; the last --keep of them are kept
     OUT/config.json …   the model of the newest one, by hard links to its files: OUT too is a Hugging Face folder
 
 A checkpoint is written under a temporary name, forced onto the disk, then renamed: whenever the process dies, every
 step-N is whole. No random state and no position in the data is saved, because the order of the data and every random
-stream are functions of (seed, step). Called by the training scripts, by way of `s2r/runtime.py`.
+stream are functions of (seed, step).
 """
 
 import dataclasses
@@ -17,8 +18,11 @@ import json
 import os
 import pickle
 import re
+import shlex
 import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -33,44 +37,52 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 from s2r.model import Transformer
+from s2r.run.flags import ROOT
 from s2r.run.ranks import Ranks
 
 STATE = "state.pt"
 # What of the base folder goes along with the weights.
 TOKENIZER = re.compile(r"(tokenizer.*|vocab.*|merges\.txt|chat_template.*|generation_config\.json|special_tokens.*)$")
 # What a resumed run may change: length, memory, place and printing, none of which changes what a step learns.
-FREE = {"steps", "save_every", "keep", "show_every", "eval_data", "eval_every"}
-FREE |= {"tokens_per_microbatch", "slots", "checkpointing", "offload", "device"}
+FREE = {"steps", "save_every", "keep", "show_every", "eval_data", "eval_every", "tensorboard"}
+FREE |= {"tokens_per_microbatch", "slots", "checkpointing", "offload", "device", "command", "commit", "torch"}
 
 
 class Run:
     """A run folder, from its settings to its last checkpoint. Only the first rank writes."""
 
-    def __init__(self, cfg, ranks: Ranks, data: str):
+    def __init__(self, cfg, ranks: Ranks, *, data: str, steps: int):
         """Make `cfg.out`, or take up the run in it with `cfg.resume`; `data` is the file that is learnt from.
 
-        Raises FileExistsError when it holds a run already, FileNotFoundError when there is none to resume, and
-        ValueError when the run to resume had other settings or other data.
+        Raises FileExistsError when it holds a run already, and ValueError when the run to resume had other settings or
+        other data, or has lost its checkpoints.
         """
         self.folder, self.base, self.ranks, self.first = Path(cfg.out), Path(cfg.model), ranks, ranks.rank == 0
-        self.keep, self.offload = cfg.keep, cfg.offload
+        self.cfg, self.steps = cfg, steps
         self.saved = 0  # step of the newest checkpoint
+        self.pace = None  # (time, step) at the first log row of this process
+        self.writer = None
         if not self.first:
             return
         settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k != "resume"}
         settings["data_sha256"] = hashlib.sha256(Path(data).read_bytes()).hexdigest()
         file, model = self.folder / "run.json", self.folder / "config.json"
-        if cfg.resume:
-            # Without a checkpoint a run starts anew, unless it has a model, whose checkpoints then were taken away.
-            if not file.is_file() or (model.exists() and not self._checkpoints()):
-                raise FileNotFoundError(f"{self.folder}: nothing to resume here; start without --resume")
-            self._compare(json.loads(file.read_text()), settings, data)
-        elif file.exists():
+        if file.exists() and not cfg.resume:
             raise FileExistsError(f"{self.folder} holds a run already; take another --out, or --resume this one")
-        elif model.exists():
-            raise FileExistsError(f"{self.folder} holds a model, which the run would write over; take another --out")
+        if file.exists():
+            self._compare(json.loads(file.read_text()), settings, data)
+        if model.exists() and not self._checkpoints():
+            what = "a run whose checkpoints are gone" if file.exists() else "a model, which the run would write over"
+            raise FileExistsError(f"{self.folder} holds {what}; take another --out")
         self.folder.mkdir(parents=True, exist_ok=True)
+        settings |= {"command": shlex.join(sys.argv), "commit": _commit(), "torch": torch.__version__}
         _write(file, json.dumps(settings, indent=2) + "\n")
+        if cfg.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise ValueError("--tensorboard needs a package that is not installed: pip install tensorboard") from None
+            self.writer = SummaryWriter(self.folder)
 
     def _compare(self, before: dict, now: dict, data: str) -> None:
         """Raises ValueError for the first setting that is not what it was and should be."""
@@ -85,16 +97,45 @@ class Run:
             )
 
     def log(self, row: dict) -> None:
-        """One step: a row of log.jsonl and a line on the screen. Raises OSError when the row cannot be written."""
+        """One step: a row of log.jsonl and a line on the screen, with an estimate of the time left."""
         if not self.first:
             return
-        file = self.folder / "log.jsonl"
+        self._append("log.jsonl", row)
+        step, now = row["step"], time.time()
+        self.pace = self.pace or (now, step)
+        left = "?"
+        if step > self.pace[1]:
+            seconds = (self.steps - step) * (now - self.pace[0]) / (step - self.pace[1])
+            left = f"{seconds / 3600:.1f} h" if seconds > 3600 else f"{seconds / 60:.0f} min"
+        numbers = {name: value for name, value in row.items() if name != "step"}
+        print(f"step {step}/{self.steps}, {left} left  {_line(numbers)}", flush=True)
+
+    def evaluated(self, step: int, metrics: dict) -> None:
+        """One evaluation after `step` steps: a row of eval.jsonl and a line on the screen."""
+        if self.first:
+            self._append("eval.jsonl", {"step": step} | metrics)
+            print(f"evaluation after step {step}  {_line(metrics)}", flush=True)
+
+    def _append(self, name: str, row: dict) -> None:
+        """Add a row to a log. Raises OSError when it cannot be written."""
+        file = self.folder / name
         try:
             with file.open("a") as rows:
                 rows.write(json.dumps(row) + "\n")
         except OSError as error:
             raise OSError(f"{file}: could not add step {row['step']} ({error}); the last checkpoint is kept") from error
-        print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+        if self.writer:
+            for key, value in row.items():
+                if isinstance(value, int | float):
+                    self.writer.add_scalar(f"{file.stem}/{key}", value, row["step"])
+
+    def end_step(self, model: Transformer, optimizer: torch.optim.Optimizer, step: int, stop) -> bool:
+        """Save if it is time to; whether the run has been asked to stop, which saves too."""
+        if step % self.cfg.save_every == 0 or step == self.steps:
+            self.save(model, optimizer, step)
+        if stopped := stop.agreed():
+            self.stop(model, optimizer, step)
+        return stopped
 
     def save(self, model: Transformer, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Checkpoint after `step` steps. Raises OSError when it cannot be written; the one before is then untouched."""
@@ -134,7 +175,7 @@ class Run:
                 f"{self.folder}: could not save step {step} ({error}); the checkpoint before it is whole"
             ) from error
         steps = self._checkpoints()
-        kept = [n for n in steps if n <= step][-self.keep :]  # those after it were passed over when the run was resumed
+        kept = [n for n in steps if n <= step][-self.cfg.keep :]  # later ones were unreadable on resume
         for n in set(steps) - set(kept):
             shutil.rmtree(self.folder / f"step-{n}", ignore_errors=True)
 
@@ -143,31 +184,34 @@ class Run:
         if step:
             self.save(model, optimizer, step)
         if self.first:
-            print(f"stopped by a signal; {step} steps are done, --resume goes on from there", flush=True)
+            print(f"stopped by a signal; {step} steps are done, --resume continues from there", flush=True)
 
     def restore(self, model: Transformer, optimizer: torch.optim.Optimizer) -> int:
-        """Load the newest checkpoint that can be read, cut the log to its step, and return the number of steps done.
+        """Load the newest checkpoint that can be read, cut the logs to its step, and return the number of steps done.
 
-        Each that cannot be read is named in a warning. Raises ValueError when there are some and none can be read.
+        Without --resume, or without a checkpoint, that is 0. Each checkpoint that cannot be read is named in a warning.
+        Raises ValueError when there are some and none can be read.
         """
-        state = self._newest() if self.first else {}
+        state = self._newest() if self.first and self.cfg.resume else {"step": 0}
         (step,) = self.ranks.gather([state["step"]] if self.first else [])
         self.saved = step
         if step:
             alone = self.ranks.size == 1
             options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=not alone)
-            if self.offload and alone:
+            if self.cfg.offload and alone:
                 model.to("cpu")  # or the optimizer state would pass through the GPU, all of it at once
             set_model_state_dict(model, state.get("model", {}), options=options)
             set_optimizer_state_dict(model, optimizer, state.get("optimizer", {}), options=options)
-            if self.offload:
+            if self.cfg.offload:
                 model.to(self.ranks.device)
                 for moments in optimizer.state.values():
                     move(moments, "cpu")
-        log = self.folder / "log.jsonl"
         if self.first:
-            rows = log.read_text().splitlines(keepends=True) if log.exists() else []
-            _write(log, "".join(rows[:step]))  # a row per step; the last one may be torn
+            for log in filter(Path.exists, (self.folder / "log.jsonl", self.folder / "eval.jsonl")):
+                lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]  # none torn
+                _write(log, "".join(line for line in lines if step and json.loads(line)["step"] <= step))
+            if step >= self.steps:
+                print(f"{self.folder}: {step} steps are done, the settings ask for {self.steps}; nothing to do")
         return step
 
     def keep_batch(self, step: int, batch: list) -> str:
@@ -210,23 +254,36 @@ class Run:
         for file in checkpoint.iterdir():
             if file.name == STATE:
                 continue
-            link = self.folder / (file.name + ".partial")
+            link = self.folder / f"{file.name}.partial"
+            link.unlink(missing_ok=True)
             try:
-                link.unlink(missing_ok=True)
-                try:
-                    os.link(file, link)
-                except OSError:  # not every file system has hard links
-                    shutil.copyfile(file, link)
-                    _sync(link)
-                os.replace(link, self.folder / file.name)
-            finally:
-                link.unlink(missing_ok=True)  # to rename onto a link to the same file does nothing
+                os.link(file, link)
+            except OSError:  # not every file system has hard links
+                shutil.copyfile(file, link)
+                _sync(link)
+            os.replace(link, self.folder / file.name)
+            link.unlink(missing_ok=True)  # renaming onto a link to the same file does nothing
         _sync(self.folder)
 
 
 def move(state: dict, device: str | torch.device) -> None:
     """Move the tensors of one parameter's optimizer state."""
     state.update({name: x.to(device) for name, x in state.items() if isinstance(x, torch.Tensor)})
+
+
+def _line(numbers: dict) -> str:
+    """Names and numbers in one line, without tables inside tables."""
+    found = {name: "–" if value is None else value for name, value in numbers.items() if not isinstance(value, dict)}
+    return "  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in found.items())
+
+
+def _commit() -> str:
+    """The commit of this code, "unknown" outside of a git checkout."""
+    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def _write(path: Path, text: str) -> None:

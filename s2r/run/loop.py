@@ -7,17 +7,17 @@ import math
 import os
 import re
 import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
 
 import torch
 from torch.distributed.tensor import DTensor
 
-from s2r.data import Problem
+from s2r.data import Problem, load_problems
 from s2r.hf.tokenizer import Tokenizer
 from s2r.metrics import summarize
 from s2r.model import Transformer
+from s2r.rollouts import Trajectory
 from s2r.run.checkpoint import Run, move
 from s2r.run.ranks import Ranks, roll_out_shares
 
@@ -68,24 +68,55 @@ def load(
     return model, tokenizer
 
 
-class Sampler:
-    """Rollouts from the model being trained, every rank sampling a share of the problems.
+def policy(cfg) -> tuple[Ranks, Transformer, Tokenizer]:
+    """The processes of this run, and the model of `cfg.model` that is trained, π_θ, with its tokenizer."""
+    device, dtype = pick(cfg.device, cfg.dtype)
+    ranks = Ranks(device)
+    model, tokenizer = load(cfg.model, device, dtype, train=True, spread=ranks.shard)
+    model.checkpointing = cfg.checkpointing
+    return ranks, model, tokenizer
 
-    Where the weights are fp32 and the compute is not, or are spread over ranks, the sampler needs a copy of them in the
-    compute dtype; `slots` and `stop` as `generate` takes them.
+
+def frozen(cfg, ranks: Ranks) -> Transformer:
+    """The same model in the compute dtype, never trained: π_ref, or π_base of SFT."""
+    return load(cfg.model, *pick(cfg.device, cfg.dtype), spread=ranks.shard)[0]
+
+
+def held_out(cfg) -> list[Problem]:
+    """The problems of --eval-data. Raises ValueError if one of --eval-data and --eval-every is given alone."""
+    if bool(cfg.eval_data) != (cfg.eval_every > 0):
+        raise ValueError("--eval-data and --eval-every go together; give both or neither")
+    return load_problems(cfg.eval_data) if cfg.eval_data else []
+
+
+class Sampler:
+    """Rollouts of the model that is being trained, from its current weights, each rank a part of the problems.
+
+    Where the weights are fp32 and the compute is not, or where they are spread over ranks, it keeps a copy of them in
+    the compute dtype. When `stop` is asked for, sampling ends at once, and rollouts are missing.
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, ranks: Ranks, *, seed: int, slots: int, stop: "Stop"):
-        self.model, self.tokenizer, self.ranks = model, tokenizer, ranks
-        self.options = {"seed": seed, "slots": slots, "stop": stop.asked}
-        alone = ranks.size == 1 and model.embed.dtype == model.dtype
-        self.copy = model if alone else Transformer(model.config, model.dtype, ranks.device)
+    def __init__(self, cfg, ranks: Ranks, model: Transformer, tokenizer: Tokenizer, stop: "Stop"):
+        self.cfg, self.ranks, self.model, self.tokenizer, self.stop = cfg, ranks, model, tokenizer, stop
+        self.held_out = held_out(cfg)
+        self.copy: Transformer | None = None
 
-    def __call__(self, problems: Sequence[Problem], **settings) -> list:
-        """`roll_out` from the current weights; every rank gets all trajectories, problem by problem."""
+    def __call__(self, problems: Sequence[Problem], **settings) -> list[Trajectory]:
+        """As `roll_out`; every rank gets all trajectories, problem by problem."""
+        if self.copy is None:
+            alone = self.ranks.size == 1 and self.model.embed.dtype == self.model.dtype
+            self.copy = self.model if alone else Transformer(self.model.config, self.model.dtype, self.ranks.device)
         if self.copy is not self.model:
             self.copy.copy_from(self.model)
-        return roll_out_shares(self.ranks, self.copy, self.tokenizer, problems, **settings, **self.options)
+        settings |= {"max_new_tokens": self.cfg.max_new_tokens, "seed": self.cfg.seed, "slots": self.cfg.slots}
+        return roll_out_shares(self.ranks, self.copy, self.tokenizer, problems, stop=self.stop.asked, **settings)
+
+    def evaluate(self, run: Run, step: int) -> None:
+        """If --eval-every asks for it: greedy responses to --eval-data, and their metrics into eval.jsonl."""
+        if self.held_out and step % self.cfg.eval_every == 0:
+            greedy = self(self.held_out, n=1, temperature=0.0)
+            if not self.stop.agreed():  # else some are missing
+                run.evaluated(step, summarize(greedy))
 
 
 class Clock:
@@ -126,23 +157,22 @@ class Stop:
 
 
 def optimizer_step(
+    run: Run,
     model: Transformer,
     optimizer: torch.optim.Optimizer,
-    run: Run,
     *,
     step: int,
     lr: float,
-    clip: float,
     loss: float,
     what: str,
     batch: list,
 ) -> float:
-    """Clip the gradient to norm `clip`, take one step at `lr`, zero the gradient; the norm before clipping.
+    """Clip the gradient's norm to --max-grad-norm, take one step at `lr`, zero the gradient; the norm before clipping.
 
-    Raises ValueError, on all ranks, when the loss of any rank or the gradient is not finite; the weights are then
+    Raises ValueError, on all ranks, when the loss of any rank or the gradient is not finite. The weights are then
     untouched, and the message says `what` the batch was and where the micro-batches in `batch` are saved.
     """
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.cfg.max_grad_norm)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()  # over the parameters of all ranks
     (loss,) = run.ranks.sum([loss])
     if not math.isfinite(norm) or not math.isfinite(loss):
@@ -152,7 +182,7 @@ def optimizer_step(
         )
     for group in optimizer.param_groups:
         group["lr"] = lr
-    if run.offload:
+    if run.cfg.offload:
         _step_offloaded(optimizer)
     else:
         optimizer.step()

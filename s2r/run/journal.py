@@ -1,0 +1,51 @@
+"""The rollouts of a run of sample.py as they end, so that a run that was killed can continue.
+
+    OUT.begun     first line: the run's settings; then one line per finished rollout
+    OUT           the rollout file, written at the end, when OUT.begun is deleted
+"""
+
+import json
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from s2r.data import Problem, check_output, drop_torn_line, read_jsonl
+from s2r.generate import Rollout
+
+
+class Journal:
+    """`known`: the rollouts of the run that was killed; `add`: write one more. Without --out it does nothing."""
+
+    def __init__(self, cfg, problems: Sequence[Problem], dtype) -> None:
+        """Opens `cfg.out`.begun. Raises ValueError when it belongs to another model, data set or setting."""
+        self.path, self.known = Path(f"{cfg.out}.begun") if cfg.out else None, []
+        if self.path is None:
+            return
+        check_output(self.path)
+        self.settings = {name: getattr(cfg, name) for name in ("n", "temperature", "max_new_tokens", "seed")}
+        self.settings["model"] = f"{cfg.model}, last changed at {Path(cfg.model).stat().st_mtime}"
+        self.settings["data"] = f"{cfg.data or cfg.ask}, checksum {zlib.crc32(repr(problems).encode()):08x}"
+        self.settings["dtype"] = str(dtype)
+        if self.path.exists() and drop_torn_line(self.path):
+            begun, *rows = read_jsonl(self.path)
+            if other := [name for name, value in self.settings.items() if begun.get(name) != value]:
+                raise ValueError(
+                    f"{self.path} holds rollouts of a run that was cut short, with another --{other[0].replace('_', '-')} "
+                    f"({begun.get(other[0])}); give the same flags to continue it, or delete it"
+                )
+            self.known = [Rollout(**row) for row in rows]
+            print(f"continuing a run that was cut short: {len(self.known):,} rollouts are there")
+
+    def add(self, rollout: Rollout) -> None:
+        """Write a rollout that has ended."""
+        if self.path is None:
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            for row in [asdict(rollout)] if file.tell() else [self.settings, asdict(rollout)]:
+                file.write(json.dumps(row) + "\n")
+
+    def remove(self) -> None:
+        """Delete the file, once the rollout file is written."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
