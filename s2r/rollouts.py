@@ -176,30 +176,3 @@ def roll_out(
         )
         for r in rollouts
     ]
-
-
-COLOURS = {"solve": 34, "verify": 33, "good": 32, "bad": 31}  # ANSI: blue, yellow, green, red
-
-
-def show(trajectory: Trajectory, colour: bool = False) -> str:
-    """A trajectory for the terminal: each action under a line with its kind, what was read from it and its reward.
-
-    Without a gold answer there is nothing to reward, and no reward is shown. `colour` is for terminals.
-    """
-
-    def paint(text: str, name: str) -> str:
-        return f"\033[{COLOURS[name]}m{text}\033[0m" if colour else text
-
-    def rewarded(what: str, reward: float) -> str:
-        return paint(f"{what} {reward:+.0f}", "good" if reward > 0 else "bad")
-
-    gold = trajectory.problem.answer
-    lines = [f"── problem {trajectory.problem.unique_id}: {trajectory.problem.problem}"]
-    for action, reward in zip(trajectory.actions, rl.process_rewards(trajectory.actions, trajectory.finished)):
-        read = f"answer {action.answer}" if action.kind == "solve" else f"verdict {action.verdict}"
-        head = paint(f"── {action.kind}: {read}", action.kind)
-        lines += [head + (f", {rewarded('reward', reward)}" if gold else ""), action.text.strip()]
-    end = "── stopped by itself" if trajectory.finished else "── cut off by the length limit"
-    outcome = rewarded("outcome reward", rl.outcome_reward(trajectory.actions))
-    lines.append(end + (f"; gold answer {gold}, {outcome}" if gold else ""))
-    return "\n".join(lines)
