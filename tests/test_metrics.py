@@ -1,6 +1,6 @@
-"""Metrics: a table worked out by hand, and the identity of METHOD's accuracies over random responses."""
+"""Metrics: tables worked out by hand, and the identity of METHOD's accuracies over random responses."""
 
-import json
+import re
 from dataclasses import dataclass, field
 from itertools import combinations
 
@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from s2r import metrics as page
 from s2r.data import Problem
-from s2r.metrics import at_k, main, majority, summarize, table
 from s2r.grammar import Action
+from s2r.metrics import at_k, majority, summarize, warnings
 
 
 @dataclass
@@ -40,6 +41,14 @@ def response(code: str, **others) -> Response:
     return Response(actions, **others)
 
 
+def test_summarize_agrees_with_the_example_in_its_docstring():
+    metrics = summarize([response(code) for code in ("+c", "-i+c", "-c", "+i-c")])
+    example = re.findall(r"^    (\w+) .* (\d)/(\d)$", page.__doc__, re.MULTILINE)
+    assert len(example) == 10
+    for name, above, below in example:
+        assert metrics[name] == int(above) / int(below), name
+
+
 def test_summarize_by_hand():
     metrics = summarize([
         response("+c", level=1, ids=[1, 2]),  # right at once
@@ -59,6 +68,7 @@ def test_summarize_by_hand():
         "cp": 2 / 3,
         "icr": 1 / 3,
         "cir": 1 / 2,
+        "say_correct": 3 / 6,  # all but the unreadable one
         "by_level": {"1": {"accuracy": 1.0, "trials": 1.0, "responses": 1},
                      "5": {"accuracy": 1 / 3, "trials": 5 / 3, "responses": 3}},
         "finished": 4 / 5,
@@ -81,12 +91,17 @@ def test_summarize_holds_two_verifies_against_the_same_solve():
     assert metrics["va"] == 2 / 3 and metrics["cp"] == 1 and metrics["er"] is None
 
 
-def test_summarize_shares_of_nothing_are_none():
+def test_summarize_counts_say_correct_among_readable_verdicts():
+    assert summarize([response("+c"), response("-i"), response("-?"), response("cc")])["say_correct"] == 3 / 4
+    assert summarize([response("+?"), response("-")])["say_correct"] is None
+
+
+def test_summarize_fractions_of_nothing_are_none():
     metrics = summarize([])
     assert metrics.pop("by_level") == metrics.pop("va_by_trial") == {} and metrics.pop("responses") == 0
     assert set(metrics.values()) == {None}
     metrics = summarize([response("+")])
-    assert [metrics[name] for name in ("va", "er", "cp", "icr", "no_verdict")] == [None] * 5
+    assert [metrics[name] for name in ("va", "er", "cp", "icr", "say_correct", "no_verdict")] == [None] * 6
     assert metrics["cir"] == 0
 
 
@@ -110,22 +125,7 @@ def test_levels_average_to_the_whole(rows):
         assert metrics[name] == pytest.approx(total / metrics["responses"])
 
 
-def test_table_lines_up_and_marks_the_undefined():
-    before = summarize([response("+", level=2, ids=[1] * 12)])
-    after = summarize([response("-i+c", level=2), response("-", level=4)])
-    assert table({"base": before, "after SFT": after}) == "\n".join([
-        "           accuracy  first_accuracy  trials     va  va_right     er     cp   icr  cir  finished  tokens",
-        "base          100.0           100.0    1.00      –         –      –      –     –  0.0     100.0      12",
-        "after SFT      50.0             0.0    1.50  100.0     100.0  100.0  100.0  50.0    –     100.0       0",
-        "",
-        "accuracy / trials       level 2     level 4",
-        "base               100.0 / 1.00       – / –",
-        "after SFT          100.0 / 2.00  0.0 / 1.00",
-    ])
-    assert "level" not in table({"a": summarize([response("+")])})
-
-
-# --- several responses a problem ---
+# --- several responses per problem ---
 
 
 def samples(**codes: str) -> list[Response]:
@@ -136,18 +136,18 @@ def samples(**codes: str) -> list[Response]:
 def test_at_k_by_hand():
     found = at_k(samples(p="+---", q="----", r="++-+"))
     assert found["pass_at_k"] == pytest.approx({"1": 1 / 3, "2": (1 / 2 + 0 + 1) / 3, "4": 2 / 3})
-    shares = [1 / 4, 0, 3 / 4]
-    assert found["standard_error"] == pytest.approx((sum((x - 1 / 3) ** 2 for x in shares) / 2 / 3) ** 0.5)
+    accuracy = [1 / 4, 0, 3 / 4]
+    assert found["standard_error"] == pytest.approx((sum((x - 1 / 3) ** 2 for x in accuracy) / 2 / 3) ** 0.5)
     assert set(at_k(samples(p="+", q="-"))) == {"standard_error"}  # one response each: no k
     assert at_k(samples(p="+-"))["standard_error"] is None  # one problem: no spread over problems
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=7))
-def test_pass_at_k_is_the_share_of_subsets_with_a_right_response(right):
+def test_pass_at_k_is_the_fraction_of_subsets_with_a_right_response(right):
     found = at_k(samples(p="".join("-+"[x] for x in right)))
-    for k, share in found.get("pass_at_k", {}).items():
+    for k, fraction in found.get("pass_at_k", {}).items():
         subsets = list(combinations(right, int(k)))
-        assert share == pytest.approx(sum(map(any, subsets)) / len(subsets))
+        assert fraction == pytest.approx(sum(map(any, subsets)) / len(subsets))
 
 
 def test_majority_joins_equivalent_answers_and_breaks_ties_by_order():
@@ -170,15 +170,34 @@ def test_maj_at_k_looks_at_the_first_k_samples_whatever_their_order():
     assert at_k(rows)["maj_at_k"] == {"1": 0.0, "2": 0.0, "4": 1.0}
 
 
-def test_reports_are_compared_in_one_table(tmp_path, capsys):
-    rows = samples(p="+---", q="++++")
-    for name in ("a", "b"):
-        (tmp_path / f"{name}.json").write_text(json.dumps(summarize(rows) | at_k(rows)))
-    main([str(tmp_path / "a.json"), str(tmp_path / "b.json")])
-    printed = capsys.readouterr().out
-    assert printed.count("62.5 ±37.5") == 2 and "pass / maj" in printed and "100.0 / 100.0" in printed
-    with pytest.raises(FileNotFoundError, match="c.json: no such report"):
-        main([str(tmp_path / "c.json")])
-    (tmp_path / "d.json").write_text("[]")
-    with pytest.raises(ValueError, match="d.json: not a report"):
-        main([str(tmp_path / "d.json")])
+# --- steps that have nothing to learn from ---
+
+
+def test_warnings_are_none_for_a_step_with_something_to_learn():
+    assert warnings(summarize([response("+c"), response("-i+c")]), [1.0, -1.0]) == []
+    assert warnings(summarize([response("+"), response("-")]), [1.0, -1.0]) == []  # no verdicts at all
+
+
+@pytest.mark.parametrize("codes, rewards, expected", [
+    (["+c", "+i"], [1.0, 1.0], "all rewards are equal"),
+    (["0c", "0i"], [-1.0, -0.5], "no response ends in a boxed answer"),
+    (["+c"] * 20 + ["-i"], [1.0] * 20 + [-1.0], 'more than 95 % of the verdicts say "correct"'),
+    (["-i"] * 20 + ["+c"], [-1.0] * 20 + [1.0], 'more than 95 % of the verdicts say "incorrect"'),
+])  # fmt: skip
+def test_warnings_name_what_a_step_cannot_learn_from(codes, rewards, expected):
+    (found,) = warnings(summarize([response(code) for code in codes]), rewards)
+    assert expected in found
+
+
+def test_warnings_of_a_step_in_which_no_response_finished():
+    rows = [response("+c", finished=False), response("-i", finished=False)]
+    assert ["no response finished" in found for found in warnings(summarize(rows), [1.0, -1.0])] == [True]
+    rows[0].finished = True
+    assert warnings(summarize(rows), [1.0, -1.0]) == []
+
+
+@pytest.mark.parametrize("few, many", ["ci", "ic"])
+def test_warnings_begin_above_95_percent_of_equal_verdicts(few, many):
+    rows = [response("-" + few)] + [response("+" + many)] * 19
+    assert warnings(summarize(rows), [1.0, *[-1.0] * 19]) == []
+    assert len(warnings(summarize(rows + [response("+?"), response("+" + many)]), [1.0, *[-1.0] * 21])) == 1

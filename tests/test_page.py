@@ -9,9 +9,8 @@ from test_rl import response
 
 import sample
 from s2r import rl
-from s2r.view.page import FILTERS, labels, page
-from s2r.rollouts import show
 from s2r.hf.tokenizer import Tokenizer
+from s2r.view.page import FILTERS, labels, page
 from tiny_model import problem_file, tiny_model
 
 
@@ -72,9 +71,3 @@ def test_sample_writes_a_page(folder, tmp_path):
     sample.main(sample.Config(model=str(folder), data=str(problem_file(tmp_path / "p.jsonl", 3)), max_new_tokens=9,
                               show=0, html=str(out)))
     assert len(content(out.read_text())["rows"]) == 3
-
-
-def test_show_in_colour_says_the_same(tokenizer):
-    trajectory = response("-i+c", tokenizer)
-    coloured = show(trajectory, colour=True)
-    assert re.sub(r"\033\[\d+m", "", coloured) == show(trajectory) and "\033[31m" in coloured and "\033[32m" in coloured

@@ -1,4 +1,4 @@
-"""Rollouts: sampled ids to judged trajectories, the rollout file's contract, and how one is printed."""
+"""Rollouts: sampled ids to judged trajectories, and the rollout file's contract."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 from s2r.data import Problem, read_jsonl, write_jsonl
 from s2r.generate import Rollout
 from s2r.model import Transformer
-from s2r.rollouts import roll_out, show
+from s2r.rollouts import roll_out
 from s2r.hf.tokenizer import Tokenizer
 from s2r.grammar import encode, prompt
 from tiny_model import steps, tiny_model
@@ -97,32 +97,3 @@ def test_roll_out_names_the_problem_whose_prompt_leaves_no_room(model, tokenizer
     problems = [PROBLEM, Problem("word " * 200, "7", "long/9")]
     with pytest.raises(ValueError, match=r"long/9: its prompt has \d+ tokens, the model's context 160"):
         roll_out(model, tokenizer, problems, n=1, temperature=1.0, max_new_tokens=9, seed=0)
-
-
-def test_show_prints_every_action_with_what_was_read_and_its_reward(written, tokenizer):
-    right, cut = encode(steps(3, 4, wrong=1), tokenizer)[0], tokenizer.encode("3+4 is")
-    first, second = written((right, True), (cut, False))
-    assert show(first) == "\n".join([
-        "── problem sum/34: 3+4?",
-        "── solve: answer 8, reward -1",
-        r"\boxed{8}",
-        "── verify: verdict incorrect, reward +1",
-        "Wait, let me recheck my solution. 3+4=7. Therefore, the answer is incorrect.",
-        "── solve: answer 7, reward +1",
-        r"Let me try again. \boxed{7}",
-        "── verify: verdict correct, reward +1",
-        "Wait, let me recheck my solution. 3+4=7. Therefore, the answer is correct.",
-        "── stopped by itself; gold answer 7, outcome reward +1",
-    ])
-    assert show(second).splitlines()[1:] == [
-        "── solve: answer None, reward -1",
-        "3+4 is",
-        "── cut off by the length limit; gold answer 7, outcome reward -1",
-    ]
-
-
-def test_show_grades_nothing_without_a_gold_answer(model, tokenizer):
-    """`sample.py --ask` without --answer: there is no reward to speak of."""
-    asked = Problem("3+4?", "", "asked")
-    (trajectory,) = roll_out(model, tokenizer, [asked], n=1, temperature=0.0, max_new_tokens=8, seed=0, progress=False)
-    assert "reward" not in show(trajectory) and "gold" not in show(trajectory)

@@ -1,0 +1,97 @@
+"""Results as a table: several models side by side, with what is known by level and by number of samples.
+
+    python -m s2r.view.report R1.json R2.json …           reports that `sample.py --report` wrote
+
+                 accuracy  first_accuracy  trials     va  va_right     er     cp   icr  cir  finished  tokens
+    base            100.0           100.0    1.00      –         –      –      –     –  0.0     100.0      12
+    after SFT        50.0             0.0    1.50  100.0     100.0  100.0  100.0  50.0    –     100.0       0
+
+s2r/metrics.py defines the columns. `interval` says how far a mean over a few seeds can be trusted. Called by the
+three scripts, which print `table`, and by the toy world's findings.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+from mpmath import betainc, findroot
+
+from s2r.run.flags import start
+
+COLUMNS = ("accuracy", "first_accuracy", "trials", "va", "va_right", "er", "cp", "icr", "cir", "finished", "tokens")
+
+
+@dataclass(frozen=True)
+class Config:
+    reports: list[str]  # files that sample.py --report wrote
+
+
+def main(cfg: Config) -> None:
+    rows = {}
+    for path in cfg.reports:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path}: no such report; sample.py --report writes one")
+        try:
+            report = json.loads(Path(path).read_bytes())
+        except ValueError:  # not JSON, or not UTF-8
+            report = None
+        if not isinstance(report, dict) or "by_level" not in report:
+            raise ValueError(f"{path}: not a report; give a file that sample.py --report wrote")
+        rows[path.removesuffix(".json")] = report
+    print(table(rows))
+
+
+def table(rows: dict[str, dict]) -> str:
+    """Results of `summarize` by name, one line each; below it, accuracy and trials by level, pass and majority by k.
+
+    Fractions are in per cent. The `standard_error` that `at_k` computes stands behind the accuracy.
+    """
+
+    def cell(metrics: dict, name: str) -> str:
+        value = metrics.get(name)
+        if value is None:
+            return "–"
+        if name == "accuracy" and metrics.get("standard_error") is not None:
+            return f"{100 * value:.1f} ±{100 * metrics['standard_error']:.1f}"
+        return f"{value:.2f}" if name == "trials" else f"{value:.0f}" if name == "tokens" else f"{100 * value:.1f}"
+
+    grids = [[["", *COLUMNS]] + [[name, *(cell(row, column) for column in COLUMNS)] for name, row in rows.items()]]
+    if levels := sorted({level for row in rows.values() for level in row["by_level"]}, key=int):
+        grids.append([["accuracy / trials", *(f"level {level}" for level in levels)]])
+        for name, row in rows.items():
+            by_level = [row["by_level"].get(level, {}) for level in levels]
+            grids[-1].append([name, *(f"{cell(at, 'accuracy')} / {cell(at, 'trials')}" for at in by_level)])
+    if ks := sorted({k for row in rows.values() for k in row.get("pass_at_k", {})}, key=int):
+        grids.append([["pass / maj", *(f"@{k}" for k in ks)]])
+        for name, row in rows.items():
+            passed, agreed = row.get("pass_at_k", {}), row.get("maj_at_k", {})
+            grids[-1].append([name, *(f"{cell(passed, k)} / {cell(agreed, k)}" for k in ks)])
+    return "\n\n".join(map(_grid, grids))
+
+
+def _grid(lines: list[list[str]]) -> str:
+    """Cells in columns: the first column aligned left, the others right."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half width of its two-sided 95 % confidence interval by Student's t distribution.
+
+    Raises ValueError for fewer than 2 values.
+    """
+    if len(values) < 2:
+        raise ValueError(f"{len(values)} value: an interval needs 2 or more, such as one per seed")
+    freedom = len(values) - 1  # ν
+
+    def excess(t):  # P(|T| > t) − 5 %; this probability is the incomplete beta function I_x(ν/2, 1/2), x = ν/(ν + t²)
+        return betainc(freedom / 2, 0.5, 0, freedom / (freedom + t * t), regularized=True) - 0.05
+
+    t = float(findroot(excess, (1.9, 13), solver="anderson"))  # 12.7 for 2 values, 2.78 for 5, 1.96 for very many
+    return mean(values), t * stdev(values) / len(values) ** 0.5
+
+
+if __name__ == "__main__":
+    start(main, Config)

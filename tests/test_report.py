@@ -1,0 +1,62 @@
+"""Results side by side: the table, its command, and intervals against a printed table of t quantiles."""
+
+import json
+from statistics import stdev
+
+import pytest
+from test_metrics import response, samples
+
+from s2r.metrics import at_k, summarize
+from s2r.view.report import Config, interval, main, table
+
+
+def test_table_lines_up_and_marks_the_undefined():
+    before = summarize([response("+", level=2, ids=[1] * 12)])
+    after = summarize([response("-i+c", level=2), response("-", level=4)])
+    assert table({"base": before, "after SFT": after}) == "\n".join([
+        "           accuracy  first_accuracy  trials     va  va_right     er     cp   icr  cir  finished  tokens",
+        "base          100.0           100.0    1.00      –         –      –      –     –  0.0     100.0      12",
+        "after SFT      50.0             0.0    1.50  100.0     100.0  100.0  100.0  50.0    –     100.0       0",
+        "",
+        "accuracy / trials       level 2     level 4",
+        "base               100.0 / 1.00       – / –",
+        "after SFT          100.0 / 2.00  0.0 / 1.00",
+    ])
+    assert "level" not in table({"a": summarize([response("+")])})
+
+
+def test_reports_are_compared_in_one_table(tmp_path, capsys):
+    rows = samples(p="+---", q="++++")
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(summarize(rows) | at_k(rows)))
+    main(Config((str(tmp_path / "a.json"), str(tmp_path / "b.json"))))
+    printed = capsys.readouterr().out
+    assert printed.count("62.5 ±37.5") == 2 and "pass / maj" in printed and "100.0 / 100.0" in printed
+
+
+def test_report_refuses_what_is_not_one(tmp_path):
+    with pytest.raises(FileNotFoundError, match="c.json: no such report"):
+        main(Config((str(tmp_path / "c.json"),)))
+    for content in ("[]", "{}", '{"by_level": '):
+        (tmp_path / "d.json").write_text(content)
+        with pytest.raises(ValueError, match="d.json: not a report"):
+            main(Config((str(tmp_path / "d.json"),)))
+
+
+@pytest.mark.parametrize("freedom, t", [  # two-sided 95 %, from a printed table of Student's t distribution
+    (1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (5, 2.571), (9, 2.262), (10, 2.228), (20, 2.086), (30, 2.042),
+    (60, 2.000), (120, 1.980),
+])  # fmt: skip
+def test_interval_uses_the_t_distribution(freedom, t):
+    values = [(-1) ** i * i for i in range(freedom + 1)]
+    middle, half = interval(values)
+    assert middle == pytest.approx(sum(values) / len(values))
+    assert half == pytest.approx(t * stdev(values) / len(values) ** 0.5, rel=2e-4)
+
+
+def test_interval_by_hand_and_of_one_value():
+    assert interval([1, 2, 3]) == pytest.approx((2, 4.3027 / 3**0.5), rel=1e-4)  # standard deviation 1
+    assert interval([0.5, 0.5]) == (0.5, 0)
+    for values in ([], [1.0]):
+        with pytest.raises(ValueError, match="2 or more"):
+            interval(values)
