@@ -2,7 +2,6 @@
 
 import random
 import re
-import time
 from pathlib import Path
 from statistics import mean
 
@@ -10,16 +9,16 @@ import pytest
 
 import s2r  # noqa: F401  (before torch)
 import torch
-from s2r import findings, toy
-from s2r.stage0.build import by_rule
-from s2r.data import load_problems
+from s2r.data import load_problems, read_jsonl, write_jsonl
 from s2r.generate import generate
 from s2r.grade import equivalent
-from s2r.model import Transformer
-from s2r.hf.tokenizer import Tokenizer
 from s2r.grammar import RETRY_OPENING, VERIFY_OPENING, parse_verdict, prompt
+from s2r.hf.tokenizer import Tokenizer
+from s2r.model import Transformer
+from s2r.toy import pretrain, world
+from s2r.toy.__main__ import stages
 
-BASE = Path(toy.__file__).with_name("toy_base")
+BASE = Path(world.__file__).with_name("base")
 PROBLEM = "Eggs go in boxes of 7. Which number of eggs fills its boxes: 4315, 2886 or 3024?"  # 3024
 
 
@@ -34,27 +33,27 @@ PROBLEM = "Eggs go in boxes of 7. Which number of eggs fills its boxes: 4315, 28
     ("302", "This is not one of the numbers. Therefore, the answer is incorrect."),
 ])
 def test_verify_substitutes_the_answer_back(answer, text):
-    assert toy.verify(PROBLEM, answer) == (text, "correct" if answer == "3024" else "incorrect")
+    assert world.verify(PROBLEM, answer) == (text, "correct" if answer == "3024" else "incorrect")
 
 
 @pytest.mark.parametrize("answer", [None, "", "x", "30 24", "-3024", "3024.0", "30243", "٣٠٢٤", r"\frac{3024}{1}", "3024\n"])
 def test_verify_takes_any_answer(answer):
-    text, verdict = toy.verify(PROBLEM, answer)
+    text, verdict = world.verify(PROBLEM, answer)
     assert verdict == parse_verdict(text) == "incorrect"
 
 
 def test_verify_refuses_a_problem_of_another_world():
     with pytest.raises(ValueError, match="not a problem of the toy world"):
-        toy.verify("What is 1+1?", "2")
+        world.verify("What is 1+1?", "2")
 
 
 def test_verify_agrees_with_the_gold_answer_and_its_steps_are_true():
     rng = random.Random(0)
     for _ in range(500):
-        q = toy.question(rng)
+        q = world.question(rng)
         assert [x for x in q.xs if x % q.a == 0] == [q.x]
         answer = str(rng.choice(q.xs))
-        text, verdict = toy.verify(q.text, answer)
+        text, verdict = world.verify(q.text, answer)
         assert verdict == ("correct" if equivalent(answer, str(q.x)) else "incorrect") == parse_verdict(text)
         quotient, rest = 0, 0
         for digit, (part, left) in zip(answer, re.findall(r"(\d+) leaves (\d+)", text), strict=True):
@@ -66,47 +65,66 @@ def test_verify_agrees_with_the_gold_answer_and_its_steps_are_true():
 
 
 def test_write_problems_makes_files_that_load_and_do_not_overlap(tmp_path):
-    toy.write_problems(tmp_path, train=400, test=200, longer=50, seed=1)
+    world.write_problems(tmp_path, train=400, test=200, longer=50, seed=1)
     train, test, longer = (load_problems(tmp_path / f"{name}.jsonl") for name in ("train", "test", "longer"))
     assert (len(train), len(test), len(longer)) == (400, 200, 50)
-    assert all(len(p.answer) == toy.DIGITS + (p in longer) for p in train + test + longer)
+    assert all(len(p.answer) == world.DIGITS + (p in longer) for p in train + test + longer)
     assert len({p.problem for p in train + test}) == 600
-    assert {p.level for p in test} == set(toy.LEVELS)
+    assert {p.level for p in test} == set(world.LEVELS)
     for problems, held_out in ((train, False), (test, True)):
         for problem in problems:
             a, xs = numbers(problem.problem)
-            assert toy.held_out(a, int(problem.answer)) is held_out
-            assert len(xs) == toy.LEVELS[problem.level]
-            assert [toy.verify(problem.problem, str(x))[1] for x in xs].count("correct") == 1
-            assert toy.verify(problem.problem, problem.answer)[1] == "correct"
+            assert world.held_out(a, int(problem.answer)) is held_out
+            assert len(xs) == world.LEVELS[problem.level]
+            assert [world.verify(problem.problem, str(x))[1] for x in xs].count("correct") == 1
+            assert world.verify(problem.problem, problem.answer)[1] == "correct"
 
 
 def test_hasty_checks_are_claims_about_tedious_divisors_and_true():
     rng = random.Random(3)
-    share = {a: [] for a in toy.DIVISORS}
+    share = {a: [] for a in world.DIVISORS}
     for _ in range(4000):
-        q = toy.question(rng)
-        answer = str(rng.choice(q.xs))
-        share[q.a].append(toy.hasty(q.text, answer))
-        (check,) = by_rule(q.text, answer)
-        assert check == toy.verify(q.text, answer, "claim" if share[q.a][-1] else "confirmative")[0]
-        assert by_rule(q.text, answer) == [check]
+        q = world.question(rng)
+        share[q.a].append(world.hasty(q.text, str(rng.choice(q.xs))))
     for a, hasty in share.items():
         assert (0.68 < mean(hasty) < 0.82) if a >= 7 else not any(hasty)
-    assert toy.verify(PROBLEM, "3024", "claim") == ("This is a multiple of 7. Therefore, the answer is correct.", "correct")
-    assert toy.verify(PROBLEM, "4315", "claim") == (
+    assert world.verify(PROBLEM, "3024", "claim") == ("This is a multiple of 7. Therefore, the answer is correct.", "correct")
+    assert world.verify(PROBLEM, "4315", "claim") == (
         "This is not a multiple of 7. Therefore, the answer is incorrect.", "incorrect")
+
+
+@pytest.mark.parametrize("style", ("confirmative", "solving"))
+def test_write_verifications_checks_the_distinct_answers_to_solved_problems(tmp_path, style):
+    other = PROBLEM.replace("3024", "3031")
+    samples = [(PROBLEM, "3024", said) for said in ("3024", "4315", "4315", "99")]
+    samples += [(other, "3031", said) for said in ("2886", "4315")]  # never solved
+    write_jsonl(tmp_path / "rollouts.jsonl", [
+        {"unique_id": f"toy/{gold}", "problem": problem, "answer": gold, "text": rf"It is \boxed{{{said}}}."}
+        for problem, gold, said in samples])
+    world.write_verifications(tmp_path / "rollouts.jsonl", tmp_path / "checks.jsonl", style)
+    rows = read_jsonl(tmp_path / "checks.jsonl")
+    assert [row["answer"] for row in rows] == ["3024", "4315", "99"]
+    for row in rows:
+        expected = "claim" if style == "confirmative" and world.hasty(PROBLEM, row["answer"]) else style
+        assert row == {"unique_id": "toy/3024", "problem": PROBLEM, "answer": row["answer"],
+                       "verification": world.verify(PROBLEM, row["answer"], expected)[0]}
+
+
+@pytest.mark.parametrize("flags", [{}, {"folder": "f", "rollouts": "r", "out": "o"}, {"rollouts": "r"}, {"out": "o"}])
+def test_world_refuses_a_command_that_does_not_say_what_to_write(flags):
+    with pytest.raises(ValueError, match="give --folder to write problems, or --rollouts and --out"):
+        world.main(world.Config(**flags))
 
 
 def numbers(text: str) -> tuple[int, list[int]]:
     """a and the numbers named, of the question in a text."""
-    found = next(filter(None, (pattern.search(text) for pattern in toy.PATTERNS)))
+    found = next(filter(None, (pattern.search(text) for pattern in world.PATTERNS)))
     return int(found["a"]), list(map(int, re.findall(r"\d+", found["xs"])))
 
 
 def test_write_problems_repeats_with_its_seed(tmp_path):
     for folder in ("one", "two"):
-        toy.write_problems(tmp_path / folder, train=50, test=50, longer=0, seed=2)
+        world.write_problems(tmp_path / folder, train=50, test=50, longer=0, seed=2)
     for name in ("train.jsonl", "test.jsonl"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
@@ -114,16 +132,16 @@ def test_write_problems_repeats_with_its_seed(tmp_path):
 def test_documents_hold_no_test_question_and_no_verification():
     rng = random.Random(0)
     for _ in range(2000):
-        text = "".join(piece for piece, _ in toy.document(rng))
+        text = "".join(piece for piece, _ in pretrain.document(rng))
         a, xs = numbers(text)
-        assert not toy.held_out(a, next(x for x in xs if x % a == 0))
+        assert not world.held_out(a, next(x for x in xs if x % a == 0))
         assert not re.search(r"Wait|recheck|Therefore|correct|try again", text)
 
 
 def test_documents_try_the_numbers_named_and_end_in_the_right_one():
     rng, chats = random.Random(1), 0
     for _ in range(500):
-        text = "".join(piece for piece, _ in toy.document(rng))
+        text = "".join(piece for piece, _ in pretrain.document(rng))
         a, xs = numbers(text)
         attempts = [int(x) for x in re.findall(r"boxed\{(\d+)\}", text)]
         assert set(attempts) <= set(xs)
@@ -134,7 +152,7 @@ def test_documents_try_the_numbers_named_and_end_in_the_right_one():
 
 
 def test_train_tokenizer_repeats_and_is_that_of_the_base_model(tmp_path):
-    toy.train_tokenizer(tmp_path)
+    pretrain.train_tokenizer(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / name).read_bytes() == (BASE / name).read_bytes()
 
@@ -178,24 +196,24 @@ def greedy(prompts: list[str], stop: str) -> list[str]:
 def test_base_model_has_learnt_the_parts():
     """Dividing any number, or the one just said, and answering with one not yet tried: 95 of 100 and more."""
     rng = random.Random(5)
-    questions = [toy.question(rng, test=True) for _ in range(200)]
-    asked, steps = zip(*(toy.divide(q.a, rng.choice(q.xs)).split(": ") for q in questions))
-    written = greedy([f"{q.text}\n{toy.solve(q.xs[0])}\n{text}" for q, text in zip(questions, asked)], "\n")
+    questions = [world.question(rng, test=True) for _ in range(200)]
+    asked, steps = zip(*(world.divide(q.a, rng.choice(q.xs)).split(": ") for q in questions))
+    written = greedy([f"{q.text}\n{world.solve(q.xs[0])}\n{text}" for q, text in zip(questions, asked)], "\n")
     assert sum(f": {text}" == found for text, found in zip(steps, written)) >= 190
 
     said = [rng.choice(q.xs) for q in questions]
-    written = greedy([f"{q.text}\n{toy.solve(y)}\nDivide " for q, y in zip(questions, said)], "\n")
-    assert sum(f"Divide {found}" == toy.divide(q.a, y) for q, y, found in zip(questions, said, written)) >= 190
+    written = greedy([f"{q.text}\n{world.solve(y)}\nDivide " for q, y in zip(questions, said)], "\n")
+    assert sum(f"Divide {found}" == world.divide(q.a, y) for q, y, found in zip(questions, said, written)) >= 190
 
     tried = [rng.choice([x for x in q.xs if x != q.x]) for q in questions]
-    written = greedy([f"{q.text}\n{toy.solve(y)}\nIt is \\boxed{{" for q, y in zip(questions, tried)], "\n")
+    written = greedy([f"{q.text}\n{world.solve(y)}\nIt is \\boxed{{" for q, y in zip(questions, tried)], "\n")
     others = [[f"{x}}}." for x in q.xs if x != y] for q, y in zip(questions, tried)]
     assert sum(found in named for found, named in zip(written, others)) >= 190
 
 
 def test_pretrain_makes_a_folder_that_loads_and_repeats(tmp_path):
     for folder in ("one", "two"):
-        toy.pretrain(tmp_path / folder, steps=2, seed=0)
+        pretrain.pretrain(tmp_path / folder, steps=2, seed=0)
     first, second = (Transformer.from_pretrained(tmp_path / folder) for folder in ("one", "two"))
     for p, q in zip(first.parameters(), second.parameters()):
         assert torch.equal(p, q) and p.isfinite().all()
@@ -203,81 +221,27 @@ def test_pretrain_makes_a_folder_that_loads_and_repeats(tmp_path):
 
 
 def test_stages_make_what_later_stages_need():
-    made = set()
-    for output, (needs, command) in toy.stages("runs/toy", seed=0).items():
-        assert set(needs) <= made
-        made.add(output)
-    assert {toy.TRAIN, toy.TEST, toy.LONGER, toy.ROLLOUTS, toy.TRAJECTORIES, toy.SFT, toy.RL, toy.RL_PROCESS} <= made
+    made = {"s2r/toy/base"}
+    for stage in stages("runs/toy", seed=0):
+        assert set(stage.needs) <= made
+        made.add(stage.makes)
+    assert len(made) == 1 + len(stages("runs/toy", seed=0))
 
 
-def test_make_runs_what_is_missing_once(tmp_path, monkeypatch):
-    folder, commands = str(tmp_path), []
-
-    def run(command, name, log):
-        commands.append(command)
-        output = command[command.index("--out") + 1] if "--out" in command else None
-        for path in [output] if output else [f"{folder}/{name}.jsonl" for name in ("train", "test", "longer")]:
-            (tmp_path / path).write_text("made")
-        return 0
-
-    monkeypatch.setattr(toy, "run", run)
-    for _ in range(2):
-        toy.make(f"{folder}/trajectories.jsonl", toy.stages(folder))
-    assert [command[:2] for command in commands] == [["-m", "s2r.toy"], ["sample.py", "--data"], ["-m", "s2r.behavior"]]
-    toy.make("some/other/path", toy.stages(folder))
-    assert len(commands) == 3
-
-
-def test_make_reports_a_stage_that_fails(tmp_path):
-    (tmp_path / "train.jsonl").write_text("not a problem file\n")
-    with pytest.raises(ValueError, match="base.rollouts.jsonl failed"):
-        toy.make(f"{tmp_path}/base.rollouts.jsonl", toy.stages(str(tmp_path)))
-
-
-def test_run_labels_the_lines_of_a_stage_that_has_company(tmp_path):
-    script = "import os, sys; print(os.environ['OMP_NUM_THREADS']); print('1\\r2', file=sys.stderr); sys.exit(3)"
-    with (tmp_path / "log.txt").open("w") as log:
-        assert toy.run(["-c", script], "rl-outcome", log) == 3
-    lines = (tmp_path / "log.txt").read_text().splitlines()
-    assert sorted(lines) == [f"     rl-outcome │ {said}" for said in ("1", "1", "2")]
-
-
-def test_make_all_runs_each_command_once_after_what_it_needs(tmp_path, monkeypatch):
-    monkeypatch.setattr(toy.os, "cpu_count", lambda: 2)
-    folders = {f"{tmp_path}/{seed}": findings.stages(f"{tmp_path}/{seed}", seed) for seed in range(3)}
-    running, order = set(), []
-
-    def run(command, name, log):
-        running.add(tuple(command))
-        assert len(running) <= 2
-        time.sleep(0.002)
-        running.remove(tuple(command))
-        order.append(tuple(command))
-        return 0
-
-    monkeypatch.setattr(toy, "run", run)
-    monkeypatch.setattr(Path, "is_file", lambda path: made_by.get(str(path)) in order)
-    made_by = {output: tuple(command) for made in folders.values() for output, (_, command) in made.items()}
-    made_by |= {f"{output}/model.safetensors": command for output, command in made_by.items()}
-    commands = {tuple(c) for made in folders.values() for _, c in made.values()}
-    assert len(list(toy.make_all(folders))) == len(commands)
-    assert sorted(order) == sorted(commands)
-    for made in folders.values():
-        for needs, command in made.values():
-            assert all(order.index(made_by[need]) < order.index(tuple(command)) for need in needs if need in made)
-    assert (tmp_path / "2/log.txt").read_text().count("$ python") == len({tuple(c) for _, c in folders[f"{tmp_path}/2"].values()})
-
-
-def test_make_all_ends_with_the_stage_that_failed(tmp_path):
-    made = {f"{tmp_path}/{name}": ([f"{tmp_path}/a"] * (name != "a"), ["-c", f"print('{name}'); 1 / 0"]) for name in "abc"}
-    with pytest.raises(ValueError, match="a failed .see .*log.txt"):
-        list(toy.make_all({str(tmp_path): made}))
-    log = (tmp_path / "log.txt").read_text()
-    assert "ZeroDivisionError" in log and "│ b" not in log
-
-
-def test_make_makes_nothing_under_torchrun(monkeypatch, tmp_path):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="make it in one process"):
-        toy.make(str(tmp_path / "train.jsonl"), toy.stages(str(tmp_path)))
-    assert not (tmp_path / "train.jsonl").exists()
+def test_stages_pass_every_setting_of_the_toy_explicitly():
+    """Defaults of the scripts are the paper's: a setting that is left out here would train the toy as if it were a 7B."""
+    given = {stage.makes: dict(zip(stage.command, stage.command[1:])) for stage in stages("f", seed=3)}
+    flags = {makes: {k: v for k, v in pairs.items() if k.startswith("--")} for makes, pairs in given.items()}
+    assert flags["f/sft"].items() >= {
+        "--model": "s2r/toy/base", "--data": "f/trajectories.jsonl", "--out": "f/sft", "--epochs": "3", "--lr": "2e-3",
+        "--warmup": "5", "--batch-size": "32", "--kl": "0.01", "--max-length": "1024", "--save-every": "200",
+        "--seed": "3"}.items()
+    for level in ("outcome", "process"):
+        assert flags[f"f/rl-{level}"].items() >= {
+            "--model": "f/sft", "--data": "f/train.jsonl", "--out": f"f/rl-{level}", "--level": level, "--problems": "32",
+            "--rollouts": "4", "--updates": "2", "--temperature": "0.7", "--beta": "0.01", "--epsilon": "0.2",
+            "--lr": "5e-5", "--warmup": "5", "--steps": "40", "--max-new-tokens": "320", "--save-every": "50",
+            "--show-every": "10", "--tokens-per-microbatch": "8192", "--seed": "3"}.items()
+    assert flags["f/sft.json"].items() >= {"--model": "f/sft", "--temperature": "0", "--max-new-tokens": "320"}.items()
+    for makes in ("f/sft", "f/rl-outcome", "f/rl-process"):
+        assert "--resume" in flags[makes]
