@@ -77,11 +77,12 @@ def main(cfg: Config) -> None:
     if cfg.ask:
         return
     metrics = summarize(trajectories) | at_k(trajectories)
-    known = sum(len(rollout.ids) for rollout in journal.known)
-    metrics["tokens_per_second"] = (sum(len(t.ids) for t in trajectories) - known) / seconds
+    sampled = sum(len(t.ids) for t in trajectories) - sum(len(rollout.ids) for rollout in journal.known)
+    metrics["tokens_per_second"] = sampled / seconds
     print(table({cfg.model: metrics}))
     if cfg.report:
-        Path(cfg.report).write_text(json.dumps({"model": cfg.model, "data": cfg.data} | settings | metrics, indent=2) + "\n")
+        report = {"model": cfg.model, "data": cfg.data} | settings | metrics
+        Path(cfg.report).write_text(json.dumps(report, indent=2) + "\n")
 
 
 def check_settings(cfg: Config) -> None:

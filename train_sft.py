@@ -5,7 +5,7 @@
 
 The targets are what a good trajectory does and never its mistakes: every verify, the last solve, the stop token and the
 moves from one action to the next have a loss; the wrong solves are context. Equation (1), plus kl · KL(π ‖ π_base) on the
-same tokens. `python -m s2r.toy` runs this script on a toy problem in minutes.
+same tokens. `python -m s2r.toy` runs this script on a toy problem.
 """
 
 # Before torch: s2r settles how torch's threads wait.
@@ -18,7 +18,7 @@ from typing import Literal
 
 import torch
 
-from kernels.logprob import token_logp, token_logp_kl
+from kernels.logprob import token_logp_kl
 from s2r.data import draw, load_trajectories
 from s2r.packing import pack, predictors, sft_sequences
 from s2r.run import flags, loop, memory
@@ -65,11 +65,11 @@ def main(cfg: Config) -> None:
     if not sequences:
         raise ValueError(f"{cfg.data}: no example is within {longest} tokens, the lesser of --max-length and the context")
     steps = cfg.epochs * math.ceil(len(sequences) / cfg.batch_size)
-    stop = loop.Stop(ranks)
-    sampler = loop.Sampler(cfg, ranks, model, tokenizer, stop)
     if ranks.rank == 0:
         print(f"{len(sequences)} of {len(examples)} examples within {longest} tokens, {steps} steps")
         print(memory.report(cfg, model, ranks, sequences=sequences))
+    stop = loop.Stop(ranks)
+    sampler = loop.Sampler(cfg, ranks, model, tokenizer, stop)
     run = Run(cfg, ranks, data=cfg.data, steps=steps)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=True)
     done = run.restore(model, optimizer)
@@ -84,27 +84,19 @@ def main(cfg: Config) -> None:
         # Departs from the paper: (1) divided by the target tokens of the batch, not by its trajectories. Counted over the
         # whole batch, so that micro-batches and ranks do not change the gradient.
         tokens = sum(len(scored[i]) for i in batch)
-
         total = nll = kl = 0.0
-        packs = ranks.even(packs)
-        for p in packs:
-            hidden = predictors(model, p)  # (Q, D)
-            if base is None:
-                logp, _ = token_logp(hidden, model.head_weight, p.targets)  # (Q,)
-                loss = -logp.sum() / tokens
-            else:
-                with torch.no_grad():
-                    hidden_base = predictors(base, p)
-                logp, _, divergence = token_logp_kl(hidden, model.head_weight, p.targets, hidden_base, base.head_weight)
-                loss = (-logp + cfg.kl * divergence).sum() / tokens
-                kl += divergence.sum().item() / tokens
+        for p in ranks.even(packs):
+            with torch.no_grad():
+                theirs = (predictors(base, p), base.head_weight) if base else (None, None)
+            logp, _, divergence = token_logp_kl(predictors(model, p), model.head_weight, p.targets, *theirs)  # (Q,) each
+            loss = (-logp + cfg.kl * divergence).sum() / tokens
             (loss * ranks.size).backward()  # the ranks' gradients are averaged, and we want their sum
             total += loss.item()
             nll -= logp.sum().item() / tokens
+            kl += divergence.sum().item() / tokens
         lr = cfg.lr * min(1.0, step / max(cfg.warmup, 1))
-        norm = loop.optimizer_step(
-            run, model, optimizer, step=step, lr=lr, loss=total, what=f"examples {batch}", batch=packs
-        )
+        what = f"examples {batch}"
+        norm = loop.optimizer_step(run, model, optimizer, step=step, lr=lr, loss=total, what=what, batch=packs)
 
         nll, kl = ranks.sum([nll, kl])
         read = sum(len(sequences[i]) for i in batch)

@@ -386,12 +386,12 @@ def token_logp_kl(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     targets: torch.Tensor,
-    hidden_ref: torch.Tensor,
-    weight_ref: torch.Tensor,
+    hidden_ref: torch.Tensor | None,
+    weight_ref: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`token_logp` at temperature 1, and per token KL(p ‖ p_ref) over the whole vocabulary, in nats.
 
-    hidden_ref (T, D_ref) and weight_ref (V, D_ref) belong to the second model and get no gradient.
+    hidden_ref (T, D_ref) and weight_ref (V, D_ref) belong to the second model and get no gradient; None: kl is 0.
     Returns logp (T,), entropy (T,), kl (T,) ≥ 0, all fp32; logp and kl have gradients to hidden and weight.
     """
     return _head(hidden).apply(hidden, weight, targets, 1.0, hidden_ref, weight_ref)
