@@ -9,7 +9,8 @@ from test_model import FAMILIES, V, hugging_face, save
 
 from kernels.logprob import token_logp
 from s2r.generate import Rollout, generate, sample
-from s2r.model import Cache, ModelConfig, Transformer
+from s2r.hf.config import ModelConfig
+from s2r.model import Cache, Transformer
 
 STOP = {3, 11, 12, 13, 14}
 NEW = 14  # max_new_tokens of most tests here
@@ -286,7 +287,7 @@ def test_context_limit_cuts_a_rollout():
 def test_prompt_without_room_raises(length):
     with pytest.raises(ValueError, match=rf"prompt 1 has {length} tokens.*63"):
         run(asked=[PROMPTS[0], [1] * length])
-    assert small().packed_head is None
+    assert small().packed is None
 
 
 @pytest.mark.parametrize("settings", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"n": 0}, {"slots": 0}], ids=str)

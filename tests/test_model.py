@@ -10,9 +10,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
-import s2r.model
 from kernels.logprob import token_logp
-from s2r.model import ModelConfig, Transformer, inverse_frequencies, positions
+from s2r.hf import weights as hf_weights
+from s2r.hf.config import ModelConfig
+from s2r.model import Transformer, positions
 
 transformers.logging.disable_progress_bar()
 
@@ -148,7 +149,7 @@ def test_llama3_scaling_matters_and_reads_its_oldest_spelling(tmp_path):
 @pytest.mark.parametrize("family", ["llama", "llama3"])
 def test_inverse_frequencies_equal_transformers(family, tmp_path):
     """Relative 2e-7: at position 10,000 a speed that is off by more turns a pair visibly."""
-    ours = inverse_frequencies(ModelConfig.from_folder(save(family, tmp_path)))
+    ours = ModelConfig.from_folder(save(family, tmp_path)).inverse_frequencies()
     torch.testing.assert_close(ours, hugging_face(family).model.rotary_emb.inv_freq, atol=0, rtol=2e-7)
 
 
@@ -196,7 +197,7 @@ def test_from_pretrained_reads_into_the_asked_dtype(tmp_path):
 
 
 def test_from_pretrained_spreads_the_model_before_it_takes_memory(tmp_path):
-    """What the rows of a rank then are is seen in test_parallel.py, by two and three ranks."""
+    """What the rows of a rank then are is seen in test_ranks.py, by two and three ranks."""
     save("qwen2", tmp_path)
     devices = []
     model = Transformer.from_pretrained(
@@ -213,7 +214,7 @@ def test_from_pretrained_spreads_the_model_before_it_takes_memory(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
 def test_save_pretrained_opens_in_transformers(family, dtype, shard_bytes, tmp_path, monkeypatch):
-    monkeypatch.setattr(s2r.model, "SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr(hf_weights, "SHARD_BYTES", shard_bytes)
     model = Transformer.from_pretrained(save(family, tmp_path / "in"))
     model.save_pretrained(tmp_path / "out", dtype=dtype)
     stored = {}
@@ -259,7 +260,7 @@ def gradients(model: Transformer) -> dict[str, torch.Tensor]:
     with torch.no_grad():
         for place, p in zip(holder.parameters(), model.parameters(), strict=True):
             place.copy_(p.grad)
-    return holder.hf_weights()
+    return hf_weights.views(holder)
 
 
 def backward(model: Transformer, weights: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -338,6 +339,38 @@ def test_unsupported_config_raises(changes, found, tmp_path):
     with pytest.raises(ValueError) as error:
         Transformer.from_pretrained(tmp_path)
     assert f"{tmp_path / 'config.json'}: {found} is not supported; known: " in str(error.value)
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"num_attention_heads": "four"}, 'num_attention_heads is "four", where a whole number'),
+    ({"hidden_size": -128}, "hidden_size is -128, where a whole number"),
+    ({"hidden_size": 32.0}, "hidden_size is 32.0, where a whole number"),
+    ({"num_hidden_layers": True}, "num_hidden_layers is true, where a whole number"),
+    ({"intermediate_size": 0}, "intermediate_size is 0, where a whole number"),
+    ({"vocab_size": None}, "vocab_size is null, where a whole number"),
+    ({"num_key_value_heads": "2"}, 'num_key_value_heads is "2", where a whole number'),
+    ({"num_key_value_heads": 3}, "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
+    ({"head_dim": [8]}, "head_dim is [8], where a whole number"),
+    ({"head_dim": 7}, "head_dim 7 is odd"),
+    ({"max_position_embeddings": -1}, "max_position_embeddings is -1, where a whole number"),
+    ({"rms_norm_eps": None}, "rms_norm_eps is null, where a number"),
+    ({"rms_norm_eps": 0}, "rms_norm_eps is 0, where a number"),
+    ({"rms_norm_eps": -1e-5}, "rms_norm_eps is -1e-05, where a number"),
+    ({"rms_norm_eps": float("inf")}, "rms_norm_eps is Infinity, where a number"),
+    ({"rope_parameters": None, "rope_theta": "1e6"}, 'rope_theta is "1e6", where a number'),
+    ({"rope_parameters": "llama3"}, "the rope settings are 'llama3', not an object"),
+    ({"rope_parameters": LLAMA3 | {"factor": "8"}}, 'factor is "8", where a number'),
+    ({"tie_word_embeddings": "no"}, "tie_word_embeddings 'no' is not supported"),
+], ids=str)  # fmt: skip
+def test_impossible_config_raises(changes, words, tmp_path):
+    """One line with the file, the field, what was found and what to do."""
+    save("llama", tmp_path)
+    edit_config(tmp_path, **changes)
+    with pytest.raises(ValueError) as error:
+        ModelConfig.from_folder(tmp_path)
+    said = str(error.value)
+    assert said.startswith(f"{tmp_path / 'config.json'}: {words}") and "\n" not in said
+    assert said.endswith("fetch the file again") or "; known: " in said
 
 
 @pytest.mark.parametrize("text", ["{", "", "[]", '{"model_type": "llama"}'], ids=["cut", "empty", "list", "no sizes"])

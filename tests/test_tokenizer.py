@@ -292,6 +292,10 @@ def break_json(folder):
      "no chat template"),
     (lambda f: edit(f, "tokenizer_config.json", chat_template="{% for %}"), ValueError, "does not compile .*fix"),
     (lambda f: edit(f, "tokenizer_config.json", chat_template="x", eos_token=None), ValueError, "no end-of-turn"),
+    *((lambda f, file=file, id=id: (f / file).write_text(json.dumps({"eos_token_id": id})), ValueError,
+       rf"{file}: eos_token_id {shown} is no id of tokenizer.json \(0 to \d+\); fetch")
+      for file in ("generation_config.json", "config.json")
+      for id, shown in (("x", '"x"'), (-1, "-1"), (340, "340"), ([2, 999], "999"), (True, "true"), (2.0, "2.0"))),
 ])
 def test_bad_folder_gets_one_line(tmp_path, damage, error, words):
     folder = tiny_tokenizer(tmp_path)

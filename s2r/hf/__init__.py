@@ -1,1 +1,1 @@
-"""The Hugging Face folder: config.json, safetensors, tokenizer.json and the chat template, read and written directly."""
+"""Hugging Face folders: config.json, safetensors, tokenizer and chat template, read and written directly."""

@@ -1,37 +1,56 @@
-"""The shape of a model: `config.json` of a Hugging Face folder, its old spellings and its new ones, as one dataclass.
+"""The shape of a model: `config.json` of a Hugging Face folder, old and new spellings, as one dataclass.
 
-Called by `s2r/model.py`; `read_json` by `s2r/tokenizer.py` as well.
+Called by `s2r/model.py`; `read_json` also by the other files of this folder.
 """
 
 import json
+import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import torch
+
+AGAIN = "fetch the file again"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # of that rope type
 
 
 def read_json(path: Path) -> dict:
-    """Content of a JSON file that holds an object; ValueError, naming the file, when it does not."""
+    """Content of a JSON file that holds an object. Raises ValueError, naming the file, when it does not."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); fetch the file again") from error
+        raise ValueError(f"{path}: not JSON ({error}); {AGAIN}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, not an object; fetch the file again")
+        raise ValueError(f"{path}: holds a {type(content).__name__}, not an object; {AGAIN}")
     return content
+
+
+def _number(path: Path, group: dict, name: str, default: float | None = None, *, whole: bool = True) -> float:
+    """The number `name` of `group`, an object of the file, or `default` where it is absent or null.
+
+    Raises ValueError for anything but a finite number above 0, `whole` (an int) where sizes are counted.
+    """
+    found = group.get(name)
+    found = default if found is None else found
+    if type(found) not in ((int,) if whole else (int, float)) or not 0 < found < math.inf:
+        kind, shown = "a whole number" if whole else "a number", json.dumps(found)
+        raise ValueError(f"{path}: {name} is {shown}, where {kind} above 0 belongs; {AGAIN}")
+    return found
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The shape of a model, by the field's names; `hf` is the config.json that it was read from."""
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
+    vocab_size: int  # V
+    hidden_size: int  # D
+    intermediate_size: int  # F
+    num_layers: int  # L
+    num_heads: int  # H
+    num_kv_heads: int  # G
+    head_dim: int  # E
     rope_theta: float = 10_000.0
     rope_scaling: dict | None = None  # None, or the parameters of rope type "llama3"
     norm_eps: float = 1e-5
@@ -45,17 +64,17 @@ class ModelConfig:
     def from_folder(cls, folder: str | Path) -> "ModelConfig":
         """Read `config.json`, in its old spelling (rope_theta, rope_scaling) or new one (rope_parameters).
 
-        Raises FileNotFoundError without a config.json, ValueError for a family, activation, bias or rope type that
-        this class does not compute.
+        Raises FileNotFoundError without a config.json, and ValueError for a size that is missing or not a number
+        above 0, sizes that do not fit together, and a family, activation, bias or rope type that is not supported.
         """
         path = Path(folder) / "config.json"
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; --model wants a Hugging Face model folder")
         hf = read_json(path)
-        family = hf.get("model_type")
         rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        heads = hf.get("num_attention_heads")
+        if not isinstance(rope, dict):
+            raise ValueError(f"{path}: the rope settings are {rope!r}, not an object; {AGAIN}")
+        family, rope_type = hf.get("model_type"), rope.get("rope_type", rope.get("type", "default"))
         for what, found, known in (
             ("model_type", family, FAMILIES),
             ("hidden_act", hf.get("hidden_act", "silu"), ("silu",)),
@@ -63,39 +82,51 @@ class ModelConfig:
             ("attention_bias", hf.get("attention_bias", False), (False,)),
             ("mlp_bias", hf.get("mlp_bias", False), (False,)),
             ("use_sliding_window", hf.get("use_sliding_window", False), (False,)),
+            ("tie_word_embeddings", hf.get("tie_word_embeddings", False), (True, False)),
         ):
             if found not in known:
                 raise ValueError(f"{path}: {what} {found!r} is not supported; known: {', '.join(map(str, known))}")
-        sizes = (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "rms_norm_eps",
-        )
-        scaling = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        absent = [name for name in sizes if name not in hf]
-        absent += [name for name in scaling if rope_type == "llama3" and name not in rope]
-        if absent:
-            raise ValueError(f"{path}: no {', '.join(absent)}; fetch the file again")
-        max_positions = hf.get("max_position_embeddings", 2048)
-        if family == "mistral" and hf.get("sliding_window"):
-            max_positions = min(max_positions, hf["sliding_window"])  # up to there the window changes nothing
+        number = partial(_number, path, hf)
+        D, H = number("hidden_size"), number("num_attention_heads")
+        G, E = number("num_key_value_heads", H), number("head_dim", D // H)
+        if H % G:
+            raise ValueError(f"{path}: num_attention_heads {H} is no multiple of num_key_value_heads {G}; {AGAIN}")
+        if E % 2:
+            raise ValueError(f"{path}: head_dim {E} is odd, and rotary positions need pairs; {AGAIN}")
+        positions = number("max_position_embeddings", 2048)
+        if family == "mistral":  # within the window it changes nothing
+            positions = min(positions, number("sliding_window", positions))
+        theta = _number(path, rope, "rope_theta", number("rope_theta", 10_000.0, whole=False), whole=False)
+        scaling = {name: _number(path, rope, name, whole=False) for name in LLAMA3 if rope_type == "llama3"}
         return cls(
-            vocab_size=hf["vocab_size"],
-            hidden_size=hf["hidden_size"],
-            intermediate_size=hf["intermediate_size"],
-            num_layers=hf["num_hidden_layers"],
-            num_heads=heads,
-            num_kv_heads=hf.get("num_key_value_heads") or heads,
-            head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-            rope_theta=rope.get("rope_theta") or hf.get("rope_theta", 10_000.0),
-            rope_scaling=rope if rope_type == "llama3" else None,
-            norm_eps=hf["rms_norm_eps"],
+            vocab_size=number("vocab_size"),
+            hidden_size=D,
+            intermediate_size=number("intermediate_size"),
+            num_layers=number("num_hidden_layers"),
+            num_heads=H,
+            num_kv_heads=G,
+            head_dim=E,
+            rope_theta=theta,
+            rope_scaling=scaling or None,
+            norm_eps=number("rms_norm_eps", whole=False),
             tied=hf.get("tie_word_embeddings", False),
             qkv_bias=family == "qwen2",
             qk_norm=family == "qwen3",
-            max_positions=max_positions,
+            max_positions=positions,
             hf=hf,
         )
+
+    def inverse_frequencies(self) -> torch.Tensor:
+        """Angular speed per position of each rotary pair, (E/2,) fp32, with Llama 3.1's scaling if it has one.
+
+        Llama 3.1 divides the speed by `factor` for wavelengths beyond the old context and blends in between:
+        github.com/meta-llama/llama-models, models/llama3/model.py.
+        """
+        E, s = self.head_dim, self.rope_scaling
+        speed = self.rope_theta ** (-torch.arange(0, E, 2, dtype=torch.float32) / E)
+        if s is None:
+            return speed
+        turns = s["original_max_position_embeddings"] * speed / (2 * math.pi)  # full turns within the old context
+        low, high = s["low_freq_factor"], s["high_freq_factor"]
+        kept = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slow pair, scaled; 1: fast pair, as it was
+        return speed * (kept + (1 - kept) / s["factor"])

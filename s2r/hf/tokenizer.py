@@ -4,12 +4,12 @@
     text of an action ---------------------------------------> ids                  Tokenizer.encode
     ids --token_bytes--> bytes --utf-8--> text                                      Tokenizer.decode
 
-The two ways in differ in one point. `chat` renders the template and, like `transformers`, turns every special-token
-string of the rendered text into that token: the template's own `<|im_start|>` and, just so, one that a user typed.
-`encode` takes model text that becomes a training target; a `<|im_end|>` spelled out in it stays letters, so that no
-text can smuggle in a stop token. Added tokens that are not special (Qwen's `<tool_call>`) are vocabulary for both.
+`chat` and `encode` differ in one point. `chat` renders the template and, like `transformers`, turns every
+special-token string of the rendered text into that token: the template's own `<|im_start|>`, and one that a user
+typed. `encode` takes model text that becomes a training target. A `<|im_end|>` spelled out in it stays letters, so
+that no text can smuggle in a stop token. Added tokens that are not special (Qwen's `<tool_call>`) are tokens in both.
 
-Called by trajectory.py and by whatever turns ids into text.
+Called by `s2r/grammar.py`, and by all that turns ids into text.
 """
 
 import json
@@ -102,7 +102,8 @@ class Tokenizer:
     def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
         """Tokenizer of a Hugging Face folder.
 
-        Raises FileNotFoundError without tokenizer.json, ValueError when a file cannot be read or there is no template.
+        Raises FileNotFoundError without tokenizer.json, and ValueError when a file cannot be read, an eos_token_id is
+        no token, or there is no template.
         """
         folder = Path(folder)
         path = folder / "tokenizer.json"
@@ -121,10 +122,16 @@ class Tokenizer:
             token = token.get("content") if isinstance(token, dict) else token
             if name.endswith("_token") and isinstance(token, str):
                 special[name] = token
-        eos_ids: set[int] = set()
+        last, eos_ids = max(backend.get_vocab(with_added_tokens=True).values()), set()
         for name in ("generation_config.json", "config.json"):
             found = _optional(folder / name).get("eos_token_id")
-            eos_ids.update(found if isinstance(found, list) else [] if found is None else [found])
+            for id in found if isinstance(found, list) else [] if found is None else [found]:
+                if type(id) is not int or not 0 <= id <= last:
+                    raise ValueError(
+                        f"{folder / name}: eos_token_id {json.dumps(id)} is no id of tokenizer.json (0 to {last}); "
+                        "fetch both files again, or name the id of the token that ends a response"
+                    )
+                eos_ids.add(id)
 
         template = config.get("chat_template")
         if isinstance(template, list):  # named templates
