@@ -39,7 +39,7 @@ class Config:
     data: str = ""  # problem file to sample from, JSONL
     offline: str = ""  # or a rollout file to learn from; N·M of its rollouts a step
     level: Literal["outcome", "process"] = "outcome"  # what has a reward: the trajectory or each action
-    baseline: Literal[offline.BASELINES] = "position"  # of offline RL: what spans share a baseline (App. F)
+    baseline: Literal["position", "context", "context-only"] = "position"  # of offline RL: what spans share a baseline (App. F)
     problems: int = 64  # N, problems per step (paper: 64)
     rollouts: int = 4  # M, rollouts per problem (paper: 4)
     updates: int = 4  # optimizer steps per step, each on a part of the rollouts (paper: 4)

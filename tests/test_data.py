@@ -226,7 +226,7 @@ def test_load_problems_leaves_out_empty_answers(tmp_path, capsys):
     path = tmp_path / "some.jsonl"
     path.write_text('{"problem": "a", "answer": ""}\n{"problem": "b", "answer": "2"}\n')
     assert [p.problem for p in load_problems(path)] == ["b"]
-    assert "left out: 1" in capsys.readouterr().err
+    assert "skipped: 1" in capsys.readouterr().err
     path.write_text('{"problem": "a", "answer": ""}\n')
     with pytest.raises(ValueError, match="no row with an answer"):
         load_problems(path)

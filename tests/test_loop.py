@@ -43,18 +43,27 @@ class Config:
     resume: bool = False  # continue
     keep: int = 2  # checkpoints
     offload: bool = False  # optimizer state on the CPU
-    range: tuple[float, float] = (0.1, 0.7)  # two numbers
     max_grad_norm: float = 1.0  # clip
     save_every: int = 50  # steps
     tensorboard: bool = False  # log
+
+
+@dataclass(frozen=True)
+class Lists:
+    files: list[str]  # files to read
+    range: tuple[float, float] = (0.1, 0.7)  # two numbers
 
 
 # --- parse ---
 
 def test_parse_reads_every_kind_of_flag():
     assert flags.parse(Config, ["--model", "base"]) == Config("base")
-    argv = "--model a --level process --max-new-tokens 9 --lr 1e-3 --resume --steps=7 --range 0 1".split()
-    assert flags.parse(Config, argv) == Config("a", "run", "process", 9, 1e-3, 7, True, range=(0.0, 1.0))
+    argv = "--model a --level process --max-new-tokens 9 --lr 1e-3 --resume --steps=7".split()
+    assert flags.parse(Config, argv) == Config("a", "run", "process", 9, 1e-3, 7, True)
+    assert flags.parse(Lists, ["a", "b", "--range", "0", "1"]) == Lists(("a", "b"), (0.0, 1.0))
+    assert flags.parse(Lists, ["a"]) == Lists(("a",))
+    with pytest.raises(SystemExit):
+        flags.parse(Lists, [])
 
 
 @pytest.mark.parametrize(("script", "missing"), [
@@ -76,7 +85,6 @@ def test_parse_names_every_required_flag_that_is_missing_and_the_toy(script, mis
     ("--level both", "--level"),
     ("--resume yes", "yes"),
     ("--steps", "--steps"),
-    ("--range 0", "--range"),
     ("--lr 1", "missing: --model"),
 ])
 def test_parse_exits_2_with_usage(argv, named, capsys):
@@ -173,11 +181,13 @@ def test_refusal_of_every_room_is_one_line(argv, tmp_path):
 
 @pytest.mark.parametrize(("value", "named"), [
     ({"steps": -3}, "--steps -3"), ({"lr": float("inf")}, "--lr inf"), ({"lr": float("nan")}, "--lr nan"),
-    ({"keep": 0}, "--keep 0"), ({"range": (0.1, -1.0)}, "--range -1.0")])
+    ({"keep": 0}, "--keep 0")])
 def test_check_refuses_numbers_that_make_no_sense(value, named):
     flags.check(Config("m"), "keep")
     with pytest.raises(ValueError, match=named):
         flags.check(dataclasses.replace(Config("m"), **value), "keep")
+    with pytest.raises(ValueError, match="--range -1.0"):
+        flags.check(Lists(("a",), (0.1, -1.0)))
 
 
 def test_sample_refuses_more_than_one_process(monkeypatch):

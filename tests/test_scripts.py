@@ -21,7 +21,8 @@ import train_rl
 import train_sft
 from s2r.data import read_jsonl, write_jsonl
 from s2r.rollouts import roll_out
-from s2r.run import checkpoint, flags, loop, ranks
+from s2r.run import checkpoint, loop, ranks
+from s2r.run.flags import start
 from s2r.run.journal import Journal
 from s2r.grammar import SYSTEM_PROMPT
 from tiny_model import digest, problem_file, same, steps, tiny_model, trajectory_file
@@ -356,7 +357,7 @@ def started(world, tmp_path, monkeypatch):
         argv = [word for flag, value in given.items()
                 for word in ("--" + flag.replace("_", "-"), *([] if value is True else [str(value)]))]
         monkeypatch.setattr(sys, "argv", [name + ".py", *argv])
-        flags.start(SCRIPTS[name].main, SCRIPTS[name].Config)
+        start(SCRIPTS[name].main, SCRIPTS[name].Config)
 
     return run
 
@@ -561,7 +562,7 @@ def test_step_with_nothing_to_learn_from_is_a_warning(world, tmp_path, capsys):
 def test_data_is_required_and_the_toy_is_named(name, refused, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [name, "--model", "m", *(["--out", "o"] if name != "sample" else [])])
     with pytest.raises(SystemExit) as exit:
-        flags.start(SCRIPTS[name].main, SCRIPTS[name].Config)
+        start(SCRIPTS[name].main, SCRIPTS[name].Config)
     assert exit.value.code == 2 and "python -m s2r.toy" in capsys.readouterr().err
     if name == "sample":
         assert "--ask" in refused(name, data="", ask="")
