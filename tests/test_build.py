@@ -5,12 +5,13 @@ from collections import Counter
 
 import pytest
 
-import s2r  # noqa: F401
-from s2r import behavior
-from s2r.data import load_trajectories, read_jsonl, write_jsonl
+from s2r.data import load_trajectories, write_jsonl
 from s2r.grammar import VERDICT_SENTENCE
+from s2r.stage0 import build as stage0
 
 PROBLEM = "Which number is a multiple of 17: 30, 31, 32, 33, 34, 35 or 36?"  # 34
+RIGHT, WRONG = VERDICT_SENTENCE["correct"], VERDICT_SENTENCE["incorrect"]
+CHECKS = [(str(n), f"{n} by 17. {WRONG if n % 17 else RIGHT}") for n in range(30, 37)]
 
 
 def rows(*answers: str | None, problem: str = PROBLEM, unique_id: str = "p", **other) -> list[dict]:
@@ -30,10 +31,14 @@ def rows(*answers: str | None, problem: str = PROBLEM, unique_id: str = "p", **o
 
 
 def build(
-    *answers: str | None, verify=behavior.by_rule, seed: int = 0, short: bool = False, **other
+    *answers: str | None, checks: list[tuple[str, str]] = CHECKS, short: bool = False, **other
 ) -> tuple[list[dict] | None, Counter]:
     counts = Counter()
-    return behavior.build(rows(*answers, **other), verify, random.Random(seed), counts, short), counts
+    return stage0.build(rows(*answers, **other), checks, random.Random(0), counts, short), counts
+
+
+def settings(**change) -> stage0.Config:
+    return stage0.Config(**{"rollouts": "r.jsonl", "verifications": "v.jsonl", "out": "t.jsonl"} | change)
 
 
 def kinds(steps: list[dict]) -> list:
@@ -42,11 +47,11 @@ def kinds(steps: list[dict]) -> list:
 
 @pytest.mark.parametrize("wrong, k", [(0, 1), (1, 2), (2, 3), (3, 3), (4, 4), (5, 4)])
 def test_trials_of_five_samples_are_those_of_the_release(wrong, k):
-    assert behavior.trials(wrong, 5) == k
+    assert stage0.trials_wanted(wrong, 5) == k
 
 
 def test_trials_of_other_sample_numbers_are_scaled():
-    assert [behavior.trials(wrong, 10) for wrong in (0, 2, 5, 10)] == [1, 2, 3, 4]
+    assert [stage0.trials_wanted(wrong, 10) for wrong in (0, 2, 5, 10)] == [1, 2, 3, 4]
 
 
 def test_build_ends_in_the_right_answer_after_wrong_ones():
@@ -77,45 +82,40 @@ def test_build_without_a_wrong_sample_has_one_trial():
 
 
 def test_build_drops_verifications_whose_verdict_is_untrue():
-    steps, counts = build("34", "31", verify=lambda problem, answer: [VERDICT_SENTENCE["correct"]])
+    steps, counts = build("34", "31", checks=[("34", RIGHT), ("31", RIGHT)])
     assert kinds(steps) == [True, "correct"]
     assert counts["verification: its verdict does not match the truth, or there is none"] == 1
 
 
 def test_build_drops_verifications_that_say_cannot_be_verified():
-    steps, counts = build("34", "31", verify=lambda problem, answer: [VERDICT_SENTENCE["unverified"]])
+    steps, counts = build("34", "31", checks=[(n, VERDICT_SENTENCE["unverified"]) for n in ("34", "31")])
     assert steps is None and counts["problem: no true verification of the right answer"] == 1
 
 
 def test_build_takes_the_first_true_verification_and_counts_answers_without_any():
-    def several(problem: str, answer: str) -> list[str]:
-        return [f"A. {VERDICT_SENTENCE['incorrect']}", f"B. {VERDICT_SENTENCE['correct']}"] if answer == "34" else []
-
-    steps, counts = build("34", "31", verify=several)
-    assert kinds(steps) == [True, "correct"] and steps[1]["text"].startswith("B.")
+    steps, counts = build("34", "31", checks=[("34.0", f"A. {WRONG}"), ("34", f"B. {RIGHT}"), ("34", RIGHT)])
+    assert kinds(steps) == [True, "correct"] and steps[1]["text"].startswith("B")
     assert counts["verification: none of this answer"] == 1
 
 
 def test_build_takes_another_right_sample_where_one_has_no_true_verification():
-    def long(problem: str, answer: str) -> list[str]:
-        return [f"{'4 times ' * 9}{answer}. {VERDICT_SENTENCE['correct']}"]
-
     samples = rows("34", "34", "34", "34")
     samples[2]["text"] = "word " * 30 + samples[2]["text"]  # the one solution that is longer than its check
+    long = [("34", f"{'4 times ' * 9}34. {RIGHT}")]
     for seed in range(5):
-        steps = behavior.build(samples, long, random.Random(seed), Counter(), True)
+        steps = stage0.build(samples, long, random.Random(seed), Counter(), short=True)
         assert kinds(steps) == [True, "correct"] and steps[0]["text"] == samples[2]["text"]
 
 
-@pytest.mark.parametrize("check, solution, why", [
-    ("4*34=136. {}", "x" * 99, None),
-    ("4*34=136. {}", "x" * 20, "longer than the solution"),
-    ("4*34=136. {}", None, None),  # no limit
-    (r"136/4=\boxed{{34}}. {}", "x" * 99, "solves the problem again"),
-    ("4*34=136. {} Or is it?", "x" * 99, "does not match the truth"),
+@pytest.mark.parametrize("verification, solution, why", [
+    (f"4*34=136. {RIGHT}", "x" * 99, None),
+    (f"4*34=136. {RIGHT}", "x" * 20, "longer than the solution"),
+    (f"4*34=136. {RIGHT}", None, None),  # no limit
+    (rf"136/4=\boxed{{34}}. {RIGHT}", "x" * 99, "solves the problem again"),
+    (f"4*34=136. {RIGHT} Or is it?", "x" * 99, "does not match the truth"),
 ])  # fmt: skip
-def test_fault_names_the_rule_that_a_verification_breaks(check, solution, why):
-    found = behavior.fault(check.format(VERDICT_SENTENCE["correct"]), "correct", solution)
+def test_why_dropped_names_the_rule_that_a_verification_breaks(verification, solution, why):
+    found = stage0.why_dropped(verification, "correct", solution)
     assert found is None if why is None else why in found
 
 
@@ -140,70 +140,70 @@ def test_build_counts_a_sample_without_an_answer_as_wrong():
 
 def test_trajectories_subsample_the_classes():
     samples = [row for i in range(400) for row in rows("34", "34" if i % 2 else "31", unique_id=str(i))]
-    examples, counts = behavior.trajectories(samples, behavior.by_rule, seed=0, keep=(0.25, 1.0, 1.0, 1.0))
+    examples, counts = stage0.trajectories(samples, {PROBLEM: CHECKS}, settings(keep=(0.25, 1.0, 1.0, 1.0)))
     easy = [e for e in examples if len(e["trajectory"]) == 2]
     assert len(examples) - len(easy) == 200
     assert 30 <= len(easy) <= 70
-    assert counts["kept"] + counts["problem: left out to balance the classes, k = 1"] == 400
+    assert counts["kept"] + counts["problem: dropped to balance the classes, k = 1"] == 400
 
 
 def test_trajectories_of_one_seed_repeat_and_do_not_depend_on_other_problems():
     samples = [row for i in range(20) for row in rows("34", "31", "32", "33", "35", unique_id=str(i))]
-    first, _ = behavior.trajectories(samples, behavior.by_rule, seed=3)
-    again, _ = behavior.trajectories(samples, behavior.by_rule, seed=3)
-    half, _ = behavior.trajectories(samples[50:], behavior.by_rule, seed=3)
+    first, _ = stage0.trajectories(samples, {PROBLEM: CHECKS}, settings(seed=3))
+    again, _ = stage0.trajectories(samples, {PROBLEM: CHECKS}, settings(seed=3))
+    half, _ = stage0.trajectories(samples[50:], {PROBLEM: CHECKS}, settings(seed=3))
     assert first == again
     assert half == [e for e in first if int(e["unique_id"]) >= 10]
 
 
+# --- the command ---
+
+
+def command(tmp_path, samples: list[dict], checks: list[tuple[str, str]] = CHECKS, **change) -> None:
+    """Runs the command on files of these rows; it writes t.jsonl."""
+    write_jsonl(tmp_path / "rollouts.jsonl", samples)
+    write_jsonl(tmp_path / "v.jsonl", (
+        {"unique_id": "p", "problem": PROBLEM, "answer": answer, "verification": text} for answer, text in checks))
+    paths = [str(tmp_path / name) for name in ("rollouts.jsonl", "v.jsonl", "t.jsonl")]
+    stage0.main(stage0.Config(*paths, **change))
+
+
 def test_main_writes_a_file_that_train_sft_reads(tmp_path, capsys):
-    write_jsonl(tmp_path / "rollouts.jsonl", rows("34", "31", "32", "36", "34") + rows("1", "2", unique_id="hard"))
-    behavior.main(
-        [
-            "--rollouts",
-            str(tmp_path / "rollouts.jsonl"),
-            "--out",
-            str(tmp_path / "t.jsonl"),
-            "--keep",
-            "0",
-            "1",
-            "1",
-            "1",
-        ]
-    )
+    samples = rows("34", "31", "32", "36", "34") + rows("1", "2", unique_id="hard")
+    command(tmp_path, samples, keep=(0, 1, 1, 1))
     (example,) = load_trajectories(tmp_path / "t.jsonl")
     assert len(example.trajectory) == 6 and example.answer == "34"
-    assert "problem: no right sample" in capsys.readouterr().out
+    assert "1  problem: no right sample" in capsys.readouterr().out
 
 
-def test_main_takes_a_verification_file(tmp_path, capsys):
-    """Looked up by problem and equivalent answer; a check longer than its solve is dropped."""
-    write_jsonl(tmp_path / "rollouts.jsonl", rows("34", "31", "32", "36", "34"))
-    right, wrong = VERDICT_SENTENCE["correct"], VERDICT_SENTENCE["incorrect"]
-    checks = [("34.0", f"A. {right}"), ("31", f"B. {wrong}"), ("32", f"C. {right}"), ("36", "D. " * 99 + wrong)]
-    write_jsonl(tmp_path / "v.jsonl", [
-        {"unique_id": "p", "problem": PROBLEM, "answer": answer, "verification": text} for answer, text in checks])
-    flags = ["--rollouts", str(tmp_path / "rollouts.jsonl"), "--out", str(tmp_path / "t.jsonl")]
-    with pytest.raises(ValueError, match="no problem gives a trajectory"):
-        behavior.main([*flags, "--verifications", str(tmp_path / "v.jsonl")])
-    for row in (samples := read_jsonl(tmp_path / "rollouts.jsonl")):
-        row["text"] = "I think that " * 9 + row["text"]
-    write_jsonl(tmp_path / "rollouts.jsonl", samples)
-    behavior.main([*flags, "--verifications", str(tmp_path / "v.jsonl")])
+def test_main_finds_checks_by_problem_and_equivalent_answer(tmp_path, capsys):
+    checks = [("34.0", f"A. {RIGHT}"), ("31", f"B. {WRONG}"), ("32", f"C. {RIGHT}")]
+    command(tmp_path, rows("34", "31", "32", "36", "34"), checks)
     (example,) = load_trajectories(tmp_path / "t.jsonl")
-    assert [step["text"] for step in example.trajectory[1::2]] == [f"B. {wrong}", f"A. {right}"]
-    assert "1  verification: longer than the solution" in capsys.readouterr().out
+    assert [step["text"] for step in example.trajectory[1::2]] == [f"B. {WRONG}", f"A. {RIGHT}"]
+    assert "1  verification: none of this answer" in capsys.readouterr().out
+
+
+def test_main_drops_long_checks_only_if_asked(tmp_path, capsys):
+    """Of short solutions, as base models write them, every check is longer."""
+    command(tmp_path, rows("34", "31"))
+    assert len(load_trajectories(tmp_path / "t.jsonl")) == 1
+    with pytest.raises(ValueError, match="no problem gives a trajectory"):
+        command(tmp_path, rows("34", "31"), short=True)
+    assert "2  verification: longer than the solution" in capsys.readouterr().out
 
 
 def test_main_names_a_file_that_is_not_of_rollouts(tmp_path):
-    write_jsonl(tmp_path / "p.jsonl", [{"unique_id": "p", "problem": PROBLEM, "answer": "34"}])
-    with pytest.raises(ValueError, match="p.jsonl: a row has no '.*'; give a file that sample.py"):
-        behavior.main(["--rollouts", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "t.jsonl")])
+    with pytest.raises(ValueError, match="rollouts.jsonl: row 1: .* no 'finished'; give a file that sample.py"):
+        command(tmp_path, [{"unique_id": "p", "problem": PROBLEM, "answer": "34", "text": "I give up."}])
+
+
+def test_main_names_a_verification_that_is_none(tmp_path):
+    with pytest.raises(ValueError, match='v.jsonl: row 2: .*"verification" have to be strings, keys are unique_id'):
+        command(tmp_path, rows("34"), [("34", RIGHT), ("31", None)])
 
 
 def test_main_without_any_trajectory_says_so_and_writes_nothing(tmp_path):
-    write_jsonl(tmp_path / "rollouts.jsonl", rows("1", "2"))
     with pytest.raises(ValueError, match="no problem gives a trajectory"):
-        behavior.main(["--rollouts", str(tmp_path / "rollouts.jsonl"), "--out", str(tmp_path / "t.jsonl")])
+        command(tmp_path, rows("1", "2"))
     assert not (tmp_path / "t.jsonl").exists()
-    assert read_jsonl(tmp_path / "rollouts.jsonl")

@@ -7,10 +7,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from s2r import behavior, verifications
 from s2r.data import load_trajectories, read_jsonl, write_jsonl
 from s2r.grammar import VERDICT_SENTENCE, VERIFY_OPENING
-from s2r.stage0.verifications import Wanted, as_self_check, endpoint, wanted
+from s2r.stage0 import build
+from s2r.stage0.verifications import Config, Wanted, as_self_check, endpoint, main, wanted
 from tiny_model import tiny_model
 
 
@@ -54,7 +54,7 @@ def test_as_self_check_is_one_verify_without_its_opening(reply, text):
 
 
 class Server:
-    """An OpenAI-compatible server on loopback; `behave(handler, question, times asked)` may misbehave and return True."""
+    """An OpenAI-compatible server on loopback; `behave(handler, question, times asked)` is True if it has replied."""
 
     def __init__(self, behave=lambda handler, question, times: False):
         self.asked: Counter[str] = Counter()
@@ -99,8 +99,8 @@ class Server:
 
 
 def run(server: Server, rows: list[dict], **change) -> dict[tuple[str, str], str]:
-    settings = {"key": None, "temperature": 0.7, "max_new_tokens": 99, "pause": 0.01, "timeout": 0.5} | change
-    verify = endpoint(server.base, "some-model", "confirmative", **settings)
+    cfg = Config("r.jsonl", "v.jsonl", api_base=server.base, api_model="some-model")
+    verify = endpoint(cfg, **{"key": None, "pause": 0.01, "timeout": 0.5} | change)
     return {(item.unique_id, item.answer): text for item, text in verify(wanted(rows))}
 
 
@@ -144,7 +144,7 @@ def test_endpoint_loses_nothing_to_failures_stalls_and_garbage():
     assert set(server.asked.values()) == {3}
 
 
-def test_endpoint_gives_up_on_one_question_and_not_on_the_others():
+def test_endpoint_skips_a_question_that_keeps_failing_and_no_other():
     def deaf(handler, question, times) -> bool:
         if "Problem: 1+1?" in question:
             handler.say("no", status=500)
@@ -169,32 +169,37 @@ def test_endpoint_refusal_is_an_error_without_the_key():
 # --- the command ---
 
 
-def command(tmp_path, *more: str) -> None:
-    verifications.main(["--rollouts", str(tmp_path / "r.jsonl"), "--out", str(tmp_path / "v.jsonl"), *more])
+def command(tmp_path, **flags) -> None:
+    main(Config(str(tmp_path / "r.jsonl"), str(tmp_path / "v.jsonl"), **flags))
 
 
-def test_command_goes_on_after_a_crash_without_asking_again(tmp_path, monkeypatch, capsys):
+def trajectories(tmp_path) -> list:
+    """What stage 0 builds of the two files."""
+    paths = [str(tmp_path / name) for name in ("r.jsonl", "v.jsonl", "t.jsonl")]
+    build.main(build.Config(*paths, keep=(1, 1, 1, 1)))
+    return load_trajectories(paths[2])
+
+
+def test_command_resumes_after_a_crash_without_asking_again(tmp_path, monkeypatch, capsys):
     write_jsonl(tmp_path / "r.jsonl", rollouts(8))
     monkeypatch.setenv("S2R_TEST_KEY", "k")
     with Server() as server:
-        flags = ["--api-base", server.base, "--api-model", "m", "--api-key-variable", "S2R_TEST_KEY"]
-        command(tmp_path, *flags)
+        flags = {"api_base": server.base, "api_model": "m", "api_key_variable": "S2R_TEST_KEY"}
+        command(tmp_path, **flags)
         assert sum(server.asked.values()) == 32
         whole = (tmp_path / "v.jsonl").read_bytes()
         lines = whole.splitlines(keepends=True)
         (tmp_path / "v.jsonl").write_bytes(b"".join(lines[:9]) + lines[9][:20])  # killed while writing the tenth
         server.asked.clear()
-        command(tmp_path, *flags)
+        command(tmp_path, **flags)
         assert sum(server.asked.values()) == 2 * 7
         server.asked.clear()
-        command(tmp_path, *flags)
+        command(tmp_path, **flags)
         assert not server.asked
     rows = read_jsonl(tmp_path / "v.jsonl")
     assert len(rows) == len({(row["unique_id"], row["answer"]) for row in rows}) == 16
-    assert "16 of them verified already" in capsys.readouterr().out
-    behavior.main(["--rollouts", str(tmp_path / "r.jsonl"), "--verifications", str(tmp_path / "v.jsonl"),
-                   "--out", str(tmp_path / "t.jsonl"), "--keep", "1", "1", "1", "1"])  # fmt: skip
-    examples = load_trajectories(tmp_path / "t.jsonl")
+    assert "16 of them verified before" in capsys.readouterr().out
+    examples = trajectories(tmp_path)
     assert len(examples) == 8 and all(len(e.trajectory) == 4 for e in examples)
 
 
@@ -202,34 +207,30 @@ def test_command_with_a_local_model_runs_through_our_sampler(tmp_path, capsys):
     """A random model's replies are worthless, and stage 0 says so; what matters is that each answer has one."""
     write_jsonl(tmp_path / "r.jsonl", rollouts(3))
     folder = tiny_model(tmp_path / "model", context=1024)
-    command(tmp_path, "--model", str(folder), "--max-new-tokens", "8", "--batch", "2", "--style", "solving")
+    command(tmp_path, model=str(folder), max_new_tokens=8, batch=2, style="solving")
     assert len(read_jsonl(tmp_path / "v.jsonl")) == 6
     with pytest.raises(ValueError, match="no problem gives a trajectory"):
-        behavior.main(["--rollouts", str(tmp_path / "r.jsonl"), "--verifications", str(tmp_path / "v.jsonl"),
-                       "--out", str(tmp_path / "t.jsonl")])  # fmt: skip
+        trajectories(tmp_path)
     assert "does not match the truth" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags, words", [
-    ([], "give --model, or --api-base"), (["--api-base", "http://x"], "with --api-model"),
-    (["--model", "m", "--api-base", "http://x", "--api-model", "m"], "give --model, or"),
+    ({}, "give --model, or --api-base"), ({"api_base": "http://x"}, "with --api-model"),
+    ({"model": "m", "api_base": "http://x", "api_model": "m"}, "give --model, or"),
 ])  # fmt: skip
 def test_command_wants_one_source(tmp_path, flags, words):
     write_jsonl(tmp_path / "r.jsonl", rollouts(1))
     with pytest.raises(ValueError, match=words):
-        command(tmp_path, *flags)
+        command(tmp_path, **flags)
 
 
 def test_command_says_that_nothing_is_right(tmp_path):
     write_jsonl(tmp_path / "r.jsonl", [row | {"text": "It is 5, unboxed."} for row in rollouts(2)])
     with pytest.raises(ValueError, match="r.jsonl: no problem has a right answer.* give more samples"):
-        command(tmp_path, "--model", "m")
+        command(tmp_path, model="m")
 
 
 def test_command_names_rows_that_are_no_rollouts(tmp_path):
     write_jsonl(tmp_path / "r.jsonl", [{"problem": "x"}])
     with pytest.raises(ValueError, match=r"r.jsonl: row 1: not a rollout"):
-        command(tmp_path, "--model", "m")
-    write_jsonl(tmp_path / "v.jsonl", [{"problem": "x"}])
-    with pytest.raises(ValueError, match=r'v.jsonl: row 1: .*"verification"'):
-        verifications.load_verifications(tmp_path / "v.jsonl")
+        command(tmp_path, model="m")

@@ -1,214 +1,197 @@
-"""Stage 0: from the base model's samples to trajectories that check and correct themselves (paper §2.2, App. C.1).
+"""Stage 0: from samples of the base model to trajectories that check and correct themselves (§2.2, App. C.1).
 
-    K samples of a problem ─ grade ─▶ wrong share ─▶ number of trials k
-            │                                               │
-            └─ distinct answers ─ verify ─ drop if untrue ──┴─▶ s1 ✗ v1 "incorrect" … sk ✓ vk "correct"
+    K samples of a problem ─ grade ─▶ how many are wrong? ─▶ k trials
+            │                                                  │
+            └─ distinct answers ─ verify ─ drop untrue checks ─┴─▶ s1 ✗ v1 "incorrect" … sk ✓ vk "correct"
 
-    python -m s2r.behavior --rollouts ROLLOUTS.jsonl --verifications V.jsonl --out TRAJECTORIES.jsonl --seed 0
+    python -m s2r.stage0.build --rollouts ROLLOUTS.jsonl --verifications V.jsonl --out TRAJECTORIES.jsonl
 
-Every attempt is the model's own; only the verifications come from elsewhere: a verification file, of
-`s2r.verifications` or your own, or in the toy world a rule. Reads what `sample.py --n 5 --temperature 0.7 --out`
-writes, writes what `train_sft.py` reads, and prints what became of every sample.
+K is the number of samples per problem (paper: 5), k the number of trials (solves) in its trajectory, 1 to 4.
+Every solve is a sample of the base model. The checks come from a verification file, which
+`python -m s2r.stage0.verifications` writes; a file of your own works as well. Reads the rollout file of
+`sample.py --n 5 --temperature 0.7 --out`, writes the trajectory file for `train_sft.py`, and prints what it drops.
 """
 
-import argparse
 import random
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from s2r import runtime, toy
 from s2r.data import read_jsonl, write_jsonl
 from s2r.grade import equivalent, extract_answer
 from s2r.grammar import cut, parse_verdict
-from s2r.stage0.verifications import STYLES, load_verifications
-
-Verify = Callable[[str, str], Sequence[str]]
-"""(problem, answer) -> the checks there are of it, each a text that should end in a verdict sentence."""
-
-KEEP = (0.24, 1.0, 1.0, 1.0)
-"""Share of the trajectories with 1, 2, 3, 4 trials that is kept, so that easy problems do not dominate.
-
-The release keeps about 0.24 of those with one and 0.5 to 1 of the others.
-"""
+from s2r.run.flags import check, start
 
 
-def by_rule(problem: str, answer: str, style: str = "confirmative") -> list[str]:
-    """The toy world's one check in this style; a confirmative one may be made in haste (`toy.hasty`)."""
-    if style == "confirmative" and toy.hasty(problem, answer):
-        style = "claim"
-    return [toy.verify(problem, answer, style)[0]]
+@dataclass(frozen=True)
+class Config:
+    rollouts: str  # rollout file of the base model (sample.py --n 5 --temperature 0.7 --out)
+    verifications: str  # verification file (python -m s2r.stage0.verifications)
+    out: str  # trajectory file to write
+    # So that easy problems do not dominate. The release keeps about 0.24 at k = 1 and 0.5 to 1 at the others.
+    keep: tuple[float, float, float, float] = (0.24, 1.0, 1.0, 1.0)  # fraction to keep at 1, 2, 3, 4 trials
+    short: bool = False  # drop checks longer than the solution they check
+    seed: int = 0  # of the choice among samples and of the fraction to keep
 
 
-def from_file(path: str | Path) -> Verify:
-    """The checks of a verification file. Raises ValueError naming file and row."""
-    found = load_verifications(path)
-
-    def verify(problem: str, answer: str) -> list[str]:
-        return [text for other, text in found.get(problem, ()) if equivalent(other, answer)]
-
-    return verify
-
-
-def fault(check: str, truth: str, solution: str | None) -> str | None:
-    """Why a verification is dropped, None if it is kept: `truth` is the verdict that would be true.
-
-    With the `solution` it speaks of, it may not be longer than that: a check is to be easier than a solution. Departs
-    from the paper, which drops for the verdict alone; the release has a filter by length that nothing calls.
-    """
-    if parse_verdict(check) != truth:
-        return "its verdict does not match the truth, or there is none"
-    if extract_answer(check) is not None:
-        return "solves the problem again (it boxes an answer)"
-    if solution is not None and len(check) > len(solution):
-        return "longer than the solution"
-    return None
+def read_rollouts(path: str | Path) -> list[dict]:
+    """Rows of a rollout file. Raises FileNotFoundError, and ValueError naming file and row."""
+    rows = read_jsonl(path)
+    for number, row in enumerate(rows, start=1):
+        if missing := {"unique_id", "problem", "answer", "finished", "text"} - set(row):
+            have = f"not a rollout, it has no {min(missing)!r}"
+            raise ValueError(f"{path}: row {number}: {have}; give a file that sample.py --out wrote")
+    return rows
 
 
-def trials(wrong: int, samples: int) -> int:
-    """Number of trials k that a problem asks for, by how many of its samples are wrong.
+def load_verifications(path: str | Path) -> dict[str, list[tuple[str, str]]]:
+    """Problem -> (answer, verification) of each of its rows. Raises ValueError naming file and row."""
+    found = defaultdict(list)
+    for number, row in enumerate(read_jsonl(path), start=1):
+        texts = [row.get(name) for name in ("problem", "answer", "verification")]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(
+                f'{path}: row {number}: "problem", "answer" and "verification" have to be strings, '
+                f"keys are {', '.join(row) or 'none'}"
+            )
+        problem, answer, verification = texts
+        found[problem].append((answer, verification))
+    return dict(found)
 
-    The release counts 0, 1, 2–3, 4–5 wrong of 5; other numbers of samples are scaled to 5.
-    """
-    return (1, 2, 3, 3, 4, 4)[round(5 * wrong / samples)]
+
+def by_problem(rows: Sequence[dict]) -> dict[str, list[dict]]:
+    """unique_id -> the rows of that problem, in order."""
+    problems = defaultdict(list)
+    for row in rows:
+        problems[row["unique_id"]].append(row)
+    return dict(problems)
 
 
 def distinct(answers: Sequence[str]) -> list[int]:
     """Indices of the first of each class of equivalent answers, in order."""
-    chosen = []
+    chosen: list[int] = []
     for i, answer in enumerate(answers):
         if not any(equivalent(answer, answers[j]) for j in chosen):
             chosen.append(i)
     return chosen
 
 
-def usable(row: dict) -> str | None:
-    """The answer of a sample that can stand as a solve, None for one that cannot.
+def usable_answer(row: dict) -> str | None:
+    r"""The answer of a sample that can serve as a solve, None if it cannot.
 
-    It has to be finished, hold a \\boxed answer, and be one attempt: no line of it opens an action of its own.
+    A solve is finished, has a \boxed answer, and is a single attempt: no line of it opens another action.
     """
     one_attempt = cut(row["text"].encode()) == [(0, "solve")]
     return extract_answer(row["text"]) if row["finished"] and one_attempt else None
 
 
-def build(
-    samples: Sequence[dict], verify: Verify, rng: random.Random, counts: Counter, short: bool
-) -> list[dict] | None:
-    """The trajectory of one problem, as the steps of a trajectory file; None when it gives none.
+def trials_wanted(wrong: int, samples: int) -> int:
+    """Number of trials k for a problem with this many wrong samples.
 
-    `samples` are its rows of the rollout file; `short` drops checks longer than what they check. Adds to `counts` what
-    was dropped, by reason.
+    The release has k for 0, 1, 2–3, 4–5 wrong of K = 5; another K is scaled to 5.
     """
-    problem, gold = samples[0]["problem"], samples[0]["answer"]
-    graded = [(row, usable(row)) for row in samples]
-    right = [(row["text"], answer) for row, answer in graded if equivalent(answer, gold)]
-    wrong = [(row["text"], answer) for row, answer in graded if answer is not None and not equivalent(answer, gold)]
-    counts["sample: unfinished, no answer, or more than one attempt"] += len(samples) - len(right) - len(wrong)
+    return (1, 2, 3, 3, 4, 4)[round(5 * wrong / samples)]
+
+
+def why_dropped(verification: str, truth: str, solution: str | None = None) -> str | None:
+    """Why a verification is dropped, None if it is kept; `truth` is the true verdict.
+
+    With the `solution` that it checks, it may not be longer than that. The paper filters by verdict alone; the
+    release has this filter too, and nothing calls it.
+    """
+    if parse_verdict(verification) != truth:
+        return "its verdict does not match the truth, or there is none"
+    if extract_answer(verification) is not None:
+        return "solves the problem again (it boxes an answer)"
+    if solution is not None and len(verification) > len(solution):
+        return "longer than the solution"
+    return None
+
+
+def build(
+    samples: Sequence[dict], checks: Sequence[tuple[str, str]], rng: random.Random, counts: Counter, short: bool
+) -> list[dict] | None:
+    """The trajectory of one problem as the steps of a trajectory file, None if there is none.
+
+    `samples` are the problem's rows of the rollout file, `checks` its (answer, verification) pairs; `short` drops
+    checks longer than the solution they check. Adds to `counts` what was dropped, by reason.
+    """
+    gold = samples[0]["answer"]
+    usable = [(row["text"], answer) for row in samples if (answer := usable_answer(row)) is not None]
+    right = [(text, answer) for text, answer in usable if equivalent(answer, gold)]
+    wrong = [attempt for attempt in usable if attempt not in right]
+    counts["sample: unfinished, no answer, or more than one attempt"] += len(samples) - len(usable)
     if not right:
         counts["problem: no right sample"] += 1
         return None
 
-    k = trials(len(samples) - len(right), len(samples))
+    k = trials_wanted(len(samples) - len(right), len(samples))
     rng.shuffle(wrong)
     wrong = [wrong[i] for i in distinct([answer for _, answer in wrong])]
-    right.insert(0, right.pop(rng.randrange(len(right))))  # the others only if there is no true check of this one
+    right.insert(0, right.pop(rng.randrange(len(right))))  # the others only if it has no true check
 
-    def attempt(text: str, answer: str, truth: str) -> tuple[str, str, str] | None:
-        """A solve with a verification that is true; None if there is none."""
-        checks = verify(problem, answer)
-        faults = [fault(check, truth, text if short else None) for check in checks]
-        counts.update(f"verification: {reason}" for reason in faults if reason)
-        if not checks:
-            counts["verification: none of this answer"] += 1
-        return (text, checks[faults.index(None)], truth) if None in faults else None
+    def trial(text: str, answer: str, truth: str) -> list[dict] | None:
+        """The solve and the first true verification of its answer, as steps; None if there is none."""
+        found = [verification for other, verification in checks if equivalent(other, answer)]
+        reasons = [why_dropped(verification, truth, text if short else None) for verification in found]
+        counts.update(f"verification: {reason}" for reason in reasons or ["none of this answer"] if reason)
+        if None not in reasons:
+            return None
+        return [
+            {"kind": "solve", "text": text.strip(), "correct": truth == "correct"},
+            {"kind": "verify", "text": found[reasons.index(None)], "verdict": truth},
+        ]
 
-    failed = [found for x in wrong if (found := attempt(*x, "incorrect"))]
-    final = next((found for x in right if (found := attempt(*x, "correct"))), None)
+    failed = [steps for attempt in wrong if (steps := trial(*attempt, "incorrect"))]
+    final = next((steps for attempt in right if (steps := trial(*attempt, "correct"))), None)
     if final is None:
         counts["problem: no true verification of the right answer"] += 1
         return None
     if len(failed) + 1 < k:
         counts["problem: fewer distinct wrong answers than its difficulty asks for"] += 1
-
-    steps = []
-    for text, check, truth in [*failed[: k - 1], final]:
-        steps.append({"kind": "solve", "text": text.strip(), "correct": truth == "correct"})
-        steps.append({"kind": "verify", "text": check, "verdict": truth})
-    return steps
+    return sum(failed[: k - 1], []) + final
 
 
 def trajectories(
-    rows: Iterable[dict], verify: Verify, seed: int, keep: Sequence[float] = KEEP, short: bool = False
+    rows: Sequence[dict], verifications: dict[str, list[tuple[str, str]]], cfg: Config
 ) -> tuple[list[dict], Counter]:
-    """Rows of a trajectory file from rows of a rollout file, at most one per problem, and the counts for `table`.
+    """Rows of a trajectory file, at most one per problem, and the counts for `summary`.
 
-    `keep[k - 1]` is the share that is kept of the trajectories with k trials; `short` as `build` takes it.
+    `rows` are those of a rollout file, `verifications` what `load_verifications` returns.
     """
-    problems: dict[str, list[dict]] = {}
-    for row in rows:
-        problems.setdefault(row["unique_id"], []).append(row)
-    counts = Counter({"problems": len(problems), "samples": sum(map(len, problems.values()))})
-    examples = []
+    problems, examples = by_problem(rows), []
+    counts = Counter({"problems": len(problems), "samples": len(rows)})
     for unique_id, samples in problems.items():
-        rng = random.Random(f"{seed} {unique_id}")  # its own stream: dropping a problem changes no other
-        steps = build(samples, verify, rng, counts, short)
+        rng = random.Random(f"{cfg.seed} {unique_id}")  # a stream per problem: dropping one changes no other
+        problem = {key: samples[0][key] for key in ("unique_id", "problem", "answer")}
+        steps = build(samples, verifications.get(problem["problem"], []), rng, counts, cfg.short)
         if steps is None:
             continue
         k = len(steps) // 2
-        if rng.random() >= keep[k - 1]:
-            counts[f"problem: left out to balance the classes, k = {k}"] += 1
-            continue
-        counts[f"kept, k = {k}"] += 1
-        counts["kept"] += 1
-        examples.append(
-            {
-                "unique_id": unique_id,
-                "problem": samples[0]["problem"],
-                "answer": samples[0]["answer"],
-                "trajectory": steps,
-            }
-        )
+        if rng.random() < cfg.keep[k - 1]:
+            counts.update(["kept", f"kept, k = {k}"])
+            examples.append(problem | {"trajectory": steps})
+        else:
+            counts[f"problem: dropped to balance the classes, k = {k}"] += 1
     return examples, counts
 
 
-def table(counts: Counter) -> str:
-    """What was read, dropped and kept, a line each; `counts` as `trajectories` returns them."""
-    dropped = sorted(name for name in counts if name.startswith(("sample:", "problem:", "verification:")))
-    names = ["problems", "samples", *dropped, *sorted(name for name in counts if name.startswith("kept"))]
+def summary(counts: Counter) -> str:
+    """What was read, dropped and kept, one line each; `counts` as `trajectories` returns them."""
+    names = sorted(counts, key=lambda name: (name.startswith("kept"), ":" in name, name))
     return "\n".join(f"{counts[name]:7,}  {name}" for name in names)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rollouts", default=toy.ROLLOUTS, help="rollout file of the base model [%(default)s]")
-    parser.add_argument("--out", default=toy.TRAJECTORIES, help="trajectory file to write [%(default)s]")
-    parser.add_argument("--verifications", help="verification file [the toy world's rule]")
-    parser.add_argument("--style", default="confirmative", choices=STYLES, help="of the rule's checks [%(default)s]")
-    parser.add_argument(
-        "--keep",
-        default=KEEP,
-        type=float,
-        nargs=len(KEEP),
-        metavar="SHARE",
-        help="share kept of the trajectories with 1, 2, 3, 4 trials [%(default)s]",
-    )
-    parser.add_argument("--seed", default=0, type=int, help="of the choice among samples [%(default)s]")
-    flags = parser.parse_args(argv)
-    verify = from_file(flags.verifications) if flags.verifications else partial(by_rule, style=flags.style)
-    rows = read_jsonl(flags.rollouts)
-    try:
-        examples, counts = trajectories(rows, verify, flags.seed, flags.keep, short=bool(flags.verifications))
-    except KeyError as error:
-        raise ValueError(f"{flags.rollouts}: a row has no {error}; give a file that sample.py --out wrote") from None
-    print(table(counts))
+def main(cfg: Config) -> None:
+    check(cfg)
+    examples, counts = trajectories(read_rollouts(cfg.rollouts), load_verifications(cfg.verifications), cfg)
+    print(summary(counts))
     if not examples:
-        raise ValueError(
-            f"{flags.rollouts}: no problem gives a trajectory (reasons above); sample more, or easier, problems"
-        )
-    Path(flags.out).parent.mkdir(parents=True, exist_ok=True)
-    write_jsonl(flags.out, examples)
+        raise ValueError(f"{cfg.rollouts}: no problem gives a trajectory; sample more, or easier, problems")
+    Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
+    write_jsonl(cfg.out, examples)
 
 
 if __name__ == "__main__":
-    runtime.command(main)
+    start(main, Config)
