@@ -55,6 +55,9 @@ def test_curves_refuse_what_they_cannot_draw(runs, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="empty: no log.jsonl"):
         main(Config((*runs, str(tmp_path / "empty")), out))
+    (tmp_path / "empty" / "log.jsonl").write_text('{"loss": 1}\n')
+    with pytest.raises(FileNotFoundError, match="no log.jsonl with a step"):
+        main(Config((str(tmp_path / "empty"),), out))
     with pytest.raises(ValueError, match="--columns loss: not in these logs, which have accuracy, kl, nll"):
         main(Config(runs, out, columns="accuracy,loss"))
     with pytest.raises(ValueError, match="ends in .svg"):

@@ -33,7 +33,7 @@ def main(cfg: Config) -> None:
     if empty := ", ".join(run for run in cfg.runs if not logs[run]):
         raise FileNotFoundError(f"{empty}: no log.jsonl with a step; give the folder of a training run")
     known = {name for log in logs.values() for row in log for name in row}
-    columns = cfg.columns.split(",") if cfg.columns else [name for name in USUAL if name in known]
+    columns = cfg.columns.split(",") if cfg.columns else [name for name in USUAL if name in known] or ["step"]
     if unknown := ", ".join(name for name in columns if name not in known):
         raise ValueError(f"--columns {unknown}: not in these logs, which have {', '.join(sorted(known))}")
     across = min(len(columns), 3)
@@ -55,9 +55,9 @@ def main(cfg: Config) -> None:
 
 
 def _rows(run: str, name: str) -> list[dict]:
-    """Rows of one file of a run folder, none if the file is missing or empty."""
+    """Rows with a step in one file of a run folder, none if the file is missing or empty."""
     path = Path(run, name)
-    return read_jsonl(path) if path.is_file() and path.stat().st_size else []
+    return [row for row in read_jsonl(path) if "step" in row] if path.is_file() and path.stat().st_size else []
 
 
 def _series(rows: list[dict], column: str) -> tuple[list, list]:

@@ -83,7 +83,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     Raises ValueError for fewer than 2 values.
     """
     if len(values) < 2:
-        raise ValueError(f"{len(values)} value: an interval needs 2 or more, such as one per seed")
+        raise ValueError(f"an interval needs 2 or more values, such as one per seed; here are {len(values)}")
     freedom = len(values) - 1  # ν
 
     def excess(t):  # P(|T| > t) − 5 %, where P is the incomplete beta function I_x(ν/2, 1/2) at x = ν/(ν + t²)
