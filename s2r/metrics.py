@@ -96,7 +96,7 @@ def at_k(trajectories: Sequence) -> dict:
         by_problem.setdefault(t.problem.unique_id, []).append(solves[-1] if solves else None)
     last = list(by_problem.values())  # (problems, n) last solves
     right = [sum(bool(solve and solve.correct) for solve in row) for row in last]  # (problems,)
-    n = len(last[0])
+    (n,) = {len(row) for row in last}  # or it is no set of n responses per problem
     accuracy = [count / n for count in right]
     found = {"standard_error": stdev(accuracy) / len(accuracy) ** 0.5 if len(accuracy) > 1 else None}
     if n > 1:

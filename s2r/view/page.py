@@ -1,9 +1,9 @@
 """Many trajectories as one web page that needs no other file: `sample.py --html FILE`.
 
-Each trajectory is a column of blocks, one per action, with verdict, reward and advantage; each token shows its log p
-under the pointer. The filters select what is worth reading: answers that were corrected or spoiled, errors that a
-verify missed, right answers that it called wrong. `page.html` is the template. Model text goes into it as data and is
-displayed as text, never as markup. Called by `sample.py`.
+Each trajectory is a column of blocks, one per action, with verdict, reward and advantage. The pointer on a token
+shows its log p. The filters select what is worth reading: answers that were corrected or spoiled, errors that a
+verify missed, right answers that it called wrong. `page.html` is the template. Model text goes into it as data
+and is displayed as text, never as markup. Called by `sample.py`.
 """
 
 import json

@@ -83,10 +83,10 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     Raises ValueError for fewer than 2 values.
     """
     if len(values) < 2:
-        raise ValueError(f"{len(values)} value: an interval needs 2 or more, such as one per seed")
+        raise ValueError(f"an interval needs 2 or more values, such as one per seed; here are {len(values)}")
     freedom = len(values) - 1  # ν
 
-    def excess(t):  # P(|T| > t) − 5 %; this probability is the incomplete beta function I_x(ν/2, 1/2), x = ν/(ν + t²)
+    def excess(t):  # P(|T| > t) − 5 %, where P is the incomplete beta function I_x(ν/2, 1/2) at x = ν/(ν + t²)
         return betainc(freedom / 2, 0.5, 0, freedom / (freedom + t * t), regularized=True) - 0.05
 
     t = float(findroot(excess, (1.9, 13), solver="anderson"))  # 12.7 for 2 values, 2.78 for 5, 1.96 for very many
