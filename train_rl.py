@@ -47,7 +47,7 @@ class Config:
     beta: float = 0.05  # β, weight of the KL to π_ref in the advantage (paper: 0.05; 0.01 for Qwen2.5-Math-7B)
     epsilon: float = 0.2  # ε, clip range of the ratio (paper: 0.2)
     lr: float = 5e-7  # learning rate after warm-up (paper: 5e-7)
-    warmup: int = 5  # steps of linear warm-up (paper: 5)
+    warmup: int = 5  # updates of linear warm-up (paper: 5)
     steps: int = 500  # (paper: 500)
     max_new_tokens: int = 8000  # length limit of a rollout (paper: 8000)
     max_grad_norm: float = 1.0  # gradient norm is clipped to this (paper: 1)
@@ -110,7 +110,7 @@ def main(cfg: Config) -> None:
 
         # 4. Policy gradient: one optimizer step per update, its loss the sum over its micro-batches.
         ratios, norms = [], []
-        for batch in updates:
+        for update, batch in enumerate(updates, start=1 + (step - 1) * cfg.updates):
             total = torch.zeros((), device=ranks.device)
             for m in batch:
                 logp, _ = policy_logp(model, m.pack, cfg.temperature)
@@ -118,7 +118,7 @@ def main(cfg: Config) -> None:
                 (loss * ranks.size).backward()  # the ranks' gradients are averaged, and we want their sum
                 ratios.append(ratio)
                 total += loss.detach()
-            lr = cfg.lr * min(1.0, step / max(cfg.warmup, 1))
+            lr = cfg.lr * min(1.0, update / max(cfg.warmup, 1))
             what = f"problems {list(dict.fromkeys(t.problem.unique_id for t in trajectories))}"
             loss = total.item()
             norms.append(loop.optimizer_step(run, model, optimizer, step=step, lr=lr, loss=loss, what=what, batch=batch))

@@ -33,7 +33,7 @@ class Config:
     out: str  # run folder to write
     epochs: int = 3  # passes over the data (paper: 3)
     lr: float = 5e-6  # learning rate after warm-up (paper: 5e-6)
-    warmup: int = 5  # steps of linear warm-up (paper: 5)
+    warmup: int = 5  # updates of linear warm-up (paper: 5)
     batch_size: int = 32  # trajectories per step (paper: 32)
     kl: float = 0.1  # weight of the KL to the base model (paper: 0.1; 0.01 for Qwen2.5-Math-7B)
     max_length: int = 8000  # tokens; longer examples are left out (paper: 8000, 6000 for Qwen2)

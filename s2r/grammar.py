@@ -149,6 +149,29 @@ def encode(steps: list[dict], tokenizer: Tokenizer) -> tuple[list[int], list[Act
     return ids, parse(ids, tokenizer)
 
 
+def sft_targets(ids: list[int], actions: list[Action], tokenizer: Tokenizer) -> list[int]:
+    """Positions in the response with δ = 1 in equation (1), rising: all but the body of every wrong solve.
+
+    The solves before the last are wrong on purpose: the model reads them and is never taught to write them. The moves
+    to them and from them are targets: the opening "Let me try again.", and the blank line at the end, which is where the
+    model decides between a check and <end> (many tokenizers fuse it with the full stop before it).
+    """
+    last_solve = max(i for i, action in enumerate(actions) if action.kind == "solve")
+    targets = []
+    for i, action in enumerate(actions):
+        if action.kind == "verify" or i == last_solve:
+            targets += range(action.start, action.end)
+            continue
+        pieces = [tokenizer.token_bytes(id) for id in ids[action.start : action.end]]
+        text, opening = b"".join(pieces), RETRY_OPENING.encode()
+        first = len(opening) if text.startswith(opening) else 0  # the body is bytes first … last − 1
+        last = len(text.rstrip())
+        for t, (end, piece) in enumerate(zip(accumulate(map(len, pieces)), pieces), action.start):
+            if end - len(piece) < first or end > last:
+                targets.append(t)
+    return targets
+
+
 def prompt(problem: str, tokenizer: Tokenizer) -> list[int]:
     """Prompt ids of one problem: SYSTEM_PROMPT and the problem in the model's own chat template."""
     return tokenizer.chat([{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": problem}])

@@ -14,7 +14,7 @@ import torch
 
 from kernels.logprob import token_logp
 from s2r.data import Example
-from s2r.grammar import Action, encode, prompt
+from s2r.grammar import encode, prompt, sft_targets
 from s2r.hf.tokenizer import Tokenizer
 from s2r.model import Transformer
 
@@ -80,17 +80,7 @@ def sft_sequences(
         prefix = prompt(example.problem, tokenizer)
         ids, actions = encode(example.trajectory, tokenizer)
         if len(prefix) + len(ids) <= longest:
-            targets = range(len(ids)) if unmasked else sft_targets(actions)
+            targets = range(len(ids)) if unmasked else sft_targets(ids, actions, tokenizer)
             sequences.append(prefix + ids)
             scored.append([len(prefix) + t for t in targets])
     return sequences, scored
-
-
-def sft_targets(actions: Sequence[Action]) -> list[int]:
-    """Positions in the response with δ = 1 in equation (1): every verify, the last solve and the stop token.
-
-    The solves before the last are wrong on purpose; the model reads them and is never taught to write them.
-    """
-    last_solve = max(i for i, action in enumerate(actions) if action.kind == "solve")
-    kept = [a for i, a in enumerate(actions) if a.kind == "verify" or i == last_solve]
-    return [t for action in kept for t in range(action.start, action.end)]

@@ -1,11 +1,13 @@
 """Problem and trajectory files: the three formats, and one line naming file and row for every kind of bad one."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from s2r.data import Example, Problem, drop_torn_line, load_problems, load_trajectories, read_jsonl, write_jsonl
+from s2r.data import (Example, Problem, check_output, draw, drop_torn_line, load_problems, load_trajectories, read_jsonl,
+                      write_jsonl)
 from s2r.grade import equivalent
 from s2r.grammar import VERDICT_SENTENCE
 
@@ -239,3 +241,29 @@ def test_drop_torn_line_leaves_whole_lines_and_says_whether_there_are_any(tmp_pa
     path = tmp_path / "x.jsonl"
     path.write_bytes(content)
     assert drop_torn_line(path) is (b"{}" in left) and path.read_bytes() == left
+
+
+@pytest.mark.parametrize("answer", ["NaN", "Infinity", '"NaN"', '"nan"'])
+def test_gold_answer_that_is_no_number_is_refused(answer, tmp_path):
+    (tmp_path / "p.jsonl").write_text(f'{{"problem": "1+1?", "answer": {answer}}}\n')
+    with pytest.raises(ValueError, match="p.jsonl: row 1: (not JSON|gold answer)"):
+        load_problems(tmp_path / "p.jsonl")
+
+
+def test_output_that_is_no_regular_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(ValueError, match="something that is not a file"):
+            write_jsonl(path, [{}])
+    assert (tmp_path / "pipe").is_fifo()
+    check_output(tmp_path / "new" / "file.jsonl")
+    assert (tmp_path / "new").is_dir()
+
+
+def test_draw_covers_each_epoch_once_in_a_new_order():
+    """10 items, 4 a step: without a partial step 2 items of each epoch are left out, with it the third has 2."""
+    epochs = [[draw(10, 4, step, 0) for step in (1, 2)], [draw(10, 4, step, 0) for step in (3, 4)]]
+    assert all(len({i for step in epoch for i in step}) == 8 for epoch in epochs) and epochs[0] != epochs[1]
+    steps = [draw(10, 4, step, 0, partial=True) for step in (1, 2, 3)]
+    assert [len(step) for step in steps] == [4, 4, 2] and sorted(i for step in steps for i in step) == list(range(10))
+    assert steps[:2] == epochs[0] and draw(10, 4, 1, 1) != steps[0]

@@ -4,9 +4,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2r.hf.tokenizer import Tokenizer
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
+
 from s2r.grammar import (RETRY_OPENING, SYSTEM_PROMPT, VERDICT_SENTENCE, VERIFY_OPENING, encode, judge, parse,
-                            parse_verdict, prompt, render)
+                         parse_verdict, prompt, render, sft_targets)
+from s2r.hf.tokenizer import Tokenizer
 from tiny import tiny_tokenizer
 
 V, R = VERIFY_OPENING, RETRY_OPENING
@@ -52,6 +55,7 @@ CASES = {
         [("solve", "\\boxed{1}\n", "1"), ("solve", f"{R} \\boxed{{2}}\n", "2"), ("solve", R, None)]),
     "verify first": (f"{V} {WRONG}", [("verify", f"{V} {WRONG}", "incorrect")]),
     "verify first after blank lines": (f"\n \n{V} {WRONG}", [("verify", f"\n \n{V} {WRONG}", "incorrect")]),
+    "a no-break space is no solve": (f"\xa0\n\n{R} \\boxed{{2}}", [("solve", f"\xa0\n\n{R} \\boxed{{2}}", "2")]),
     "retry first": (rf"{R} \boxed{{2}}", [("solve", rf"{R} \boxed{{2}}", "2")]),
     "no boxed answer": ("The answer is 8.", [("solve", "The answer is 8.", None)]),
     "last boxed counts": (r"\boxed{1} no, \boxed{2}", [("solve", r"\boxed{1} no, \boxed{2}", "2")]),
@@ -226,3 +230,55 @@ def test_parse_reads_what_encode_wrote(tokenizer, data):
     assert tokenizer.decode(ids[:-1]) == "".join(render(steps))
     spans = [tokenizer.decode(ids[action.start:action.end]) for action in actions]
     assert spans == [*render(steps)[:-1], render(steps)[-1] + "<|im_end|>"]
+
+
+# --- equation (1): δ ---
+
+CODES = {"one token a letter": False, "full stop and blank line fused": True}
+
+
+@pytest.fixture(scope="module", params=CODES.values(), ids=CODES)
+def fused(request, tmp_path_factory) -> Tokenizer:
+    """The tiny tokenizer, and one that, like those of Qwen and Llama, has a token for a full stop with a blank line."""
+    folder = tiny_tokenizer(tmp_path_factory.mktemp("fused"))
+    if request.param:
+        backend = Backend.from_file(str(folder / "tokenizer.json"))
+        backend.add_tokens([AddedToken(".\n\n", normalized=False)])
+        backend.save(str(folder / "tokenizer.json"))
+    return Tokenizer.from_pretrained(folder)
+
+
+def wrong(text: str) -> dict:
+    return {"kind": "solve", "text": text, "correct": False}
+
+
+SOLVED = {"kind": "solve", "text": r"3+4=\boxed{7}.", "correct": True}
+NO = {"kind": "verify", "text": f"8-4=4. {VERDICT_SENTENCE['incorrect']}", "verdict": "incorrect"}
+YES = {"kind": "verify", "text": f"7-4=3. {VERDICT_SENTENCE['correct']}", "verdict": "correct"}
+
+
+@pytest.mark.parametrize(("trajectory", "context"), [
+    ([SOLVED], []),
+    ([SOLVED, YES], []),
+    ([wrong(r"3+4=\boxed{8}."), NO, SOLVED, YES], [r"3+4=\boxed{8}."]),
+    ([wrong(r"3+4=\boxed{8}."), NO, wrong(r"\boxed{9}"), NO, SOLVED, YES], [r"3+4=\boxed{8}.", r" \boxed{9}"]),
+])
+def test_sft_targets_are_all_but_the_bodies_of_wrong_solves(trajectory, context, fused):
+    """Read back: the text without loss is the body of each wrong solve; its opening and the blank line after it are
+    targets, and so is a full stop that is one token with the blank line, because it competes with `.<end>`."""
+    ids, actions = encode(trajectory, fused)
+    targets = sft_targets(ids, actions, fused)
+    assert targets == sorted(set(targets)) and ids[targets[-1]] == fused.end_id
+    left = [[fused.decode([ids[t]]) for t in range(a.start, a.end) if t not in targets] for a in actions]
+    found = ["".join(pieces) for pieces in left if pieces]
+    is_fused = fused.encode("x.\n\n")[-1] == len(fused._backend.get_vocab()) - 1
+    assert found == [text.removesuffix(".") if is_fused else text for text in context]
+    # Every blank line and every opening is learnt.
+    blank = [t for t, id in enumerate(ids) if fused.decode([id]).endswith("\n")]
+    assert len(blank) >= len(trajectory) - 1 and set(blank) <= set(targets)
+
+
+def test_sft_targets_of_an_unchecked_last_solve(fused):
+    ids, actions = encode([wrong("8"), NO, SOLVED], fused)
+    targets = sft_targets(ids, actions, fused)
+    assert fused.decode([ids[t] for t in range(len(ids)) if t not in targets]) == "8"

@@ -6,9 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from s2r.model import Transformer
-from s2r.packing import pack, policy_logp, predictors, sft_targets
+from s2r.data import Example
+from s2r.grammar import encode, prompt, sft_targets
 from s2r.hf.tokenizer import Tokenizer
-from s2r.grammar import Action, encode, prompt
+from s2r.packing import pack, policy_logp, predictors, sft_sequences
 from tiny_model import steps, tiny_model
 
 
@@ -80,35 +81,14 @@ def test_policy_logp_matches_log_softmax_sequence_by_sequence(folder):
     torch.testing.assert_close(entropy.double(), torch.stack(spread), rtol=0, atol=1e-5)
 
 
-# --- equation (1): δ ---
-
-def test_sft_targets_hand_table():
-    def action(kind, start, end):
-        return Action(kind, start, end, "")
-
-    solve, verify = action("solve", 0, 2), action("verify", 2, 5)
-    assert sft_targets([solve]) == [0, 1]
-    assert sft_targets([solve, verify]) == [0, 1, 2, 3, 4]
-    assert sft_targets([solve, verify, action("solve", 5, 7), action("verify", 7, 9)]) == [2, 3, 4, 5, 6, 7, 8]
-    unchecked = [solve, verify, action("solve", 5, 6), action("verify", 6, 7), action("solve", 7, 8)]
-    assert sft_targets(unchecked) == [2, 3, 4, 6, 7]
-
-
-@pytest.mark.parametrize("wrong", [0, 1, 2, 3])
-def test_sft_targets_keep_verifies_last_solve_and_stop_token(wrong, tokenizer):
-    """On an encoded example, the ids decoded back: what is taught and what is read only, text by text."""
-    trajectory = steps(3, 4, wrong)
-    prefix = prompt("3+4?", tokenizer)
-    ids, actions = encode(trajectory, tokenizer)
-    scored = [len(prefix) + t for t in sft_targets(actions)]
-    (batch,) = pack([prefix + ids], [scored], 10**6, "cpu")
-
-    kept = "".join(a.text for i, a in enumerate(actions) if a.kind == "verify" or i == 2 * wrong) + "<|im_end|>"
-    assert tokenizer.decode(batch.targets.tolist()) == kept
-    assert kept.count("the answer is incorrect.") == wrong and kept.count("the answer is correct.") == 1
-    assert kept.count(r"\boxed{7}") == 1 and kept.count(r"\boxed") == 1  # of the solves the right one alone
-
-    unscored = sorted(set(range(len(batch.ids))) - set(scored))
-    left = tokenizer.decode(batch.ids[unscored].tolist())
-    assert left == tokenizer.decode(prefix) + "".join(a.text for a in actions[: 2 * wrong : 2])  # prompt, wrong solves
-    assert min(scored) >= len(prefix) and batch.targets[-1] == tokenizer.end_id
+def test_sft_sequences_are_prompt_and_response_with_the_targets_behind_the_prompt(tokenizer):
+    examples = [Example(str(wrong), "3+4?", "7", steps(3, 4, wrong)) for wrong in range(3)]
+    prefix, encoded = prompt("3+4?", tokenizer), [encode(example.trajectory, tokenizer) for example in examples]
+    sequences, scored = sft_sequences(examples, tokenizer, 10**6, unmasked=False)
+    for (ids, actions), sequence, positions in zip(encoded, sequences, scored, strict=True):
+        assert sequence == prefix + ids
+        assert positions == [len(prefix) + t for t in sft_targets(ids, actions, tokenizer)]
+    _, everything = sft_sequences(examples, tokenizer, 10**6, unmasked=True)
+    assert everything == [list(range(len(prefix), len(sequence))) for sequence in sequences]
+    shorter, _ = sft_sequences(examples, tokenizer, len(sequences[1]), unmasked=False)
+    assert shorter == sequences[:2]  # as long as is allowed, and no longer

@@ -29,7 +29,7 @@ from tiny_model import digest, problem_file, same, steps, tiny_model, trajectory
 
 ROOT = Path(__file__).resolve().parents[1]
 SFT = {"batch_size": 8, "lr": 1e-2, "kl": 0.05, "max_length": 400, "device": "cpu"}
-RL = {"problems": 4, "rollouts": 4, "updates": 2, "steps": 4, "max_new_tokens": 60, "lr": 2e-3, "warmup": 2,
+RL = {"problems": 4, "rollouts": 4, "updates": 2, "steps": 4, "max_new_tokens": 60, "lr": 2e-3, "warmup": 5,
       "save_every": 2, "beta": 0.01, "device": "cpu"}
 
 
@@ -99,7 +99,7 @@ def test_train_rl_writes_a_run_folder_that_opens_again(level, world, tmp_path, c
     assert list(rows[0]) == [
         "step", "reward", "accuracy", "first_accuracy", "trials", "va", "va_right", "er", "cp", "icr", "cir",
         "say_correct", "tokens", "finished", "kl", "entropy", "gap", "clipped", "grad_norm", "lr", "seconds_rollout", "seconds_score", "seconds_update"]
-    assert [row["lr"] for row in rows] == pytest.approx([1e-3, 2e-3, 2e-3, 2e-3])
+    assert [row["lr"] for row in rows] == pytest.approx([8e-4, 1.6e-3, 2e-3, 2e-3])  # two updates a step
     assert rows[0]["kl"] == 0 and rows[-1]["kl"] != 0  # starts as its own reference
     assert all(row["gap"] < 1e-5 and -1 <= row["reward"] <= 1 and row["entropy"] > 0 for row in rows)
     assert min(row["grad_norm"] for row in rows) > 0  # the rollouts of this world differ in reward
