@@ -1,6 +1,7 @@
 """Verifications by a model: what is asked, a hostile endpoint, crashes, and the local model through our sampler."""
 
 import json
+import os
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -222,6 +223,20 @@ def test_command_wants_one_source(tmp_path, flags, words):
     write_jsonl(tmp_path / "r.jsonl", rollouts(1))
     with pytest.raises(ValueError, match=words):
         command(tmp_path, **flags)
+
+
+def test_command_refuses_a_fifo_before_it_loads_a_model(tmp_path):
+    write_jsonl(tmp_path / "r.jsonl", rollouts(1))
+    os.mkfifo(tmp_path / "v.jsonl")
+    with pytest.raises(ValueError, match="v.jsonl"):
+        command(tmp_path, model=str(tmp_path / "no-model"))
+
+
+@pytest.mark.parametrize("setting", [{"temperature": float("inf")}, {"seed": -3}, {"batch": 0}, {"max_new_tokens": 0}])
+def test_command_refuses_numbers_that_mean_nothing(tmp_path, setting):
+    write_jsonl(tmp_path / "r.jsonl", rollouts(1))
+    with pytest.raises(ValueError, match=f"--{next(iter(setting)).replace('_', '-')} .*: give a finite number"):
+        command(tmp_path, model="m", **setting)
 
 
 def test_command_says_that_nothing_is_right(tmp_path):

@@ -31,7 +31,7 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from s2r.data import drop_torn_line
+from s2r.data import check_output, drop_torn_line
 from s2r.generate import generate
 from s2r.grade import equivalent, extract_answer
 from s2r.grammar import VERDICT_SENTENCE, VERIFY_OPENING, cut
@@ -217,10 +217,9 @@ def main(cfg: Config) -> None:
     check(cfg, "max_new_tokens", "batch")
     if bool(cfg.model) == bool(cfg.api_base) or bool(cfg.api_base) != bool(cfg.api_model):
         raise ValueError("give --model, or --api-base with --api-model")
-    asked = wanted(read_rollouts(cfg.rollouts))
-    out = Path(cfg.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    before = load_verifications(out) if out.exists() and drop_torn_line(out) else {}
+    check_output(cfg.out)
+    asked, out = wanted(read_rollouts(cfg.rollouts)), Path(cfg.out)
+    before = load_verifications(cfg.out) if out.exists() and drop_torn_line(out) else {}
     todo = [item for item in asked if item.answer not in dict(before.get(item.problem, []))]
     print(f"{len(asked):7,}  answers to verify, {len(asked) - len(todo):,} of them verified before")
     if not asked:
