@@ -26,8 +26,9 @@ def rollouts(count: int) -> list[dict]:
 
 
 def test_wanted_are_the_distinct_answers_of_problems_with_a_right_one():
-    rows = rollouts(2) + [{"unique_id": "hard", "problem": "?", "answer": "7", "text": r"\boxed{8}"},
-                          {"unique_id": "hard", "problem": "?", "answer": "7", "text": "no idea"}]  # fmt: skip
+    hard = {"unique_id": "hard", "problem": "?", "answer": "7", "finished": True}
+    rows = rollouts(2) + [hard | {"text": r"\boxed{8}"}, hard | {"text": "no idea"}]
+    rows += [hard | {"text": r"\boxed{7}", "finished": False}]  # cannot serve as a solve, so nobody pays for its check
     assert [(item.unique_id, item.answer) for item in wanted(rows)] == [
         ("sum/0", "1"), ("sum/0", "2"), ("sum/1", "2"), ("sum/1", "3")]  # fmt: skip
 

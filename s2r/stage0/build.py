@@ -7,8 +7,8 @@
     python -m s2r.stage0.build --rollouts ROLLOUTS.jsonl --verifications V.jsonl --out TRAJECTORIES.jsonl
 
 K is the number of samples per problem (paper: 5), k the number of trials (solves) in its trajectory, 1 to 4.
-Every solve is a sample of the base model, out of the rollout file of `sample.py --n 5 --temperature 0.7`. The
-checks come from a verification file: that of `python -m s2r.stage0.verifications`, or your own. Prints what it drops.
+Every solve is a sample of the base model, from the rollout file of `sample.py --n 5 --temperature 0.7`. The checks
+come from a verification file: of `python -m s2r.stage0.verifications`, or your own. Prints how much was dropped.
 """
 
 import math
