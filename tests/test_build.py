@@ -1,5 +1,6 @@
 """Stage 0: one test per rule of METHOD §2 (paper App. C.1), on hand-made rollout rows."""
 
+import os
 import random
 from collections import Counter
 
@@ -45,13 +46,15 @@ def kinds(steps: list[dict]) -> list:
     return [step["correct"] if step["kind"] == "solve" else step["verdict"] for step in steps]
 
 
-@pytest.mark.parametrize("wrong, k", [(0, 1), (1, 2), (2, 3), (3, 3), (4, 4), (5, 4)])
-def test_trials_of_five_samples_are_those_of_the_release(wrong, k):
-    assert stage0.trials_wanted(wrong, 5) == k
-
-
-def test_trials_of_other_sample_numbers_are_scaled():
-    assert [stage0.trials_wanted(wrong, 10) for wrong in (0, 2, 5, 10)] == [1, 2, 3, 4]
+@pytest.mark.parametrize("samples, trials", [
+    (5, [1, 2, 3, 3, 4, 4]),  # of the release: 0, 1, 2, … wrong
+    (1, [1, 4]),
+    (3, [1, 3, 4, 4]),
+    (8, [1, 2, 3, 3, 3, 4, 4, 4, 4]),
+    (10, [1, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4]),
+])  # fmt: skip
+def test_trials_wanted_is_one_only_without_a_wrong_sample(samples, trials):
+    assert [stage0.trials_wanted(wrong, samples) for wrong in range(samples + 1)] == trials
 
 
 def test_build_ends_in_the_right_answer_after_wrong_ones():
@@ -82,8 +85,8 @@ def test_build_without_a_wrong_sample_has_one_trial():
 
 
 def test_build_drops_verifications_whose_verdict_is_untrue():
-    steps, counts = build("34", "31", checks=[("34", RIGHT), ("31", RIGHT)])
-    assert kinds(steps) == [True, "correct"]
+    steps, counts = build("34", "31", "32", checks=[("34", RIGHT), ("31", RIGHT), ("32", WRONG)])
+    assert kinds(steps) == [False, "incorrect", True, "correct"] and "{32}" in steps[0]["text"]
     assert counts["verification: its verdict does not match the truth, or there is none"] == 1
 
 
@@ -93,9 +96,27 @@ def test_build_drops_verifications_that_say_cannot_be_verified():
 
 
 def test_build_takes_the_first_true_verification_and_counts_answers_without_any():
-    steps, counts = build("34", "31", checks=[("34.0", f"A. {WRONG}"), ("34", f"B. {RIGHT}"), ("34", RIGHT)])
-    assert kinds(steps) == [True, "correct"] and steps[1]["text"].startswith("B")
+    checks = [("31", WRONG), ("34.0", WRONG), ("34", f"B. {RIGHT}"), ("34", RIGHT)]
+    steps, counts = build("34", "31", "32", checks=checks)
+    assert kinds(steps) == [False, "incorrect", True, "correct"] and steps[3]["text"] == f"B. {RIGHT}"
     assert counts["verification: none of this answer"] == 1
+
+
+@pytest.mark.parametrize("wrong, checks", [
+    ("31", [("34", RIGHT)]),  # no check of the wrong answer
+    ("31", [("34", RIGHT), ("31", RIGHT)]),  # an untrue one
+    (None, CHECKS),  # no answer
+])  # fmt: skip
+def test_build_of_wrong_samples_of_which_none_is_usable_gives_nothing(wrong, checks):
+    """k = 1 is for problems without a wrong sample."""
+    steps, counts = build("34", "34", wrong, checks=checks)
+    assert steps is None and counts["problem: has wrong samples, none with an answer and a true check"] == 1
+
+
+def test_build_keeps_checks_that_box_an_answer():
+    """The paper filters by verdict alone, and nobody reads an answer from a check."""
+    steps, _ = build("34", checks=[("34", rf"136/4=\boxed{{34}}. {RIGHT}")])
+    assert kinds(steps) == [True, "correct"]
 
 
 def test_build_takes_another_right_sample_where_one_has_no_true_verification():
@@ -111,7 +132,7 @@ def test_build_takes_another_right_sample_where_one_has_no_true_verification():
     (f"4*34=136. {RIGHT}", "x" * 99, None),
     (f"4*34=136. {RIGHT}", "x" * 20, "longer than the solution"),
     (f"4*34=136. {RIGHT}", None, None),  # no limit
-    (rf"136/4=\boxed{{34}}. {RIGHT}", "x" * 99, "solves the problem again"),
+    (rf"136/4=\boxed{{34}}. {RIGHT}", "x" * 99, None),
     (f"4*34=136. {RIGHT} Or is it?", "x" * 99, "does not match the truth"),
 ])  # fmt: skip
 def test_why_dropped_names_the_rule_that_a_verification_breaks(verification, solution, why):
@@ -201,6 +222,18 @@ def test_main_names_a_file_that_is_not_of_rollouts(tmp_path):
 def test_main_names_a_verification_that_is_none(tmp_path):
     with pytest.raises(ValueError, match='v.jsonl: row 2: .*"verification" have to be strings, keys are unique_id'):
         command(tmp_path, rows("34"), [("34", RIGHT), ("31", None)])
+
+
+def test_main_refuses_a_fraction_above_one(tmp_path):
+    with pytest.raises(ValueError, match="--keep 24: give fractions between 0 and 1"):
+        command(tmp_path, rows("34"), keep=(24, 1, 1, 1))
+
+
+def test_main_replaces_no_fifo(tmp_path):
+    os.mkfifo(tmp_path / "t.jsonl")
+    with pytest.raises(ValueError, match=r"\bt\.jsonl"):
+        command(tmp_path, rows("34", "31"))
+    assert (tmp_path / "t.jsonl").is_fifo()
 
 
 def test_main_without_any_trajectory_says_so_and_writes_nothing(tmp_path):

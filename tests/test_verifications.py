@@ -1,6 +1,7 @@
 """Verifications by a model: what is asked, a hostile endpoint, crashes, and the local model through our sampler."""
 
 import json
+import os
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -25,8 +26,9 @@ def rollouts(count: int) -> list[dict]:
 
 
 def test_wanted_are_the_distinct_answers_of_problems_with_a_right_one():
-    rows = rollouts(2) + [{"unique_id": "hard", "problem": "?", "answer": "7", "text": r"\boxed{8}"},
-                          {"unique_id": "hard", "problem": "?", "answer": "7", "text": "no idea"}]  # fmt: skip
+    hard = {"unique_id": "hard", "problem": "?", "answer": "7", "finished": True}
+    rows = rollouts(2) + [hard | {"text": r"\boxed{8}"}, hard | {"text": "no idea"}]
+    rows += [hard | {"text": r"\boxed{7}", "finished": False}]  # cannot serve as a solve, so nobody pays for its check
     assert [(item.unique_id, item.answer) for item in wanted(rows)] == [
         ("sum/0", "1"), ("sum/0", "2"), ("sum/1", "2"), ("sum/1", "3")]  # fmt: skip
 
@@ -222,6 +224,20 @@ def test_command_wants_one_source(tmp_path, flags, words):
     write_jsonl(tmp_path / "r.jsonl", rollouts(1))
     with pytest.raises(ValueError, match=words):
         command(tmp_path, **flags)
+
+
+def test_command_refuses_a_fifo_before_it_loads_a_model(tmp_path):
+    write_jsonl(tmp_path / "r.jsonl", rollouts(1))
+    os.mkfifo(tmp_path / "v.jsonl")
+    with pytest.raises(ValueError, match="v.jsonl"):
+        command(tmp_path, model=str(tmp_path / "no-model"))
+
+
+@pytest.mark.parametrize("setting", [{"temperature": float("inf")}, {"seed": -3}, {"batch": 0}, {"max_new_tokens": 0}])
+def test_command_refuses_numbers_that_mean_nothing(tmp_path, setting):
+    write_jsonl(tmp_path / "r.jsonl", rollouts(1))
+    with pytest.raises(ValueError, match=f"--{next(iter(setting)).replace('_', '-')} .*: give a finite number"):
+        command(tmp_path, model="m", **setting)
 
 
 def test_command_says_that_nothing_is_right(tmp_path):

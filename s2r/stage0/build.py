@@ -7,18 +7,17 @@
     python -m s2r.stage0.build --rollouts ROLLOUTS.jsonl --verifications V.jsonl --out TRAJECTORIES.jsonl
 
 K is the number of samples per problem (paper: 5), k the number of trials (solves) in its trajectory, 1 to 4.
-Every solve is a sample of the base model. The checks come from a verification file, which
-`python -m s2r.stage0.verifications` writes; a file of your own works as well. Reads the rollout file of
-`sample.py --n 5 --temperature 0.7 --out`, writes the trajectory file for `train_sft.py`, and prints what it drops.
+Every solve is a sample of the base model, from the rollout file of `sample.py --n 5 --temperature 0.7`. The checks
+come from a verification file: of `python -m s2r.stage0.verifications`, or your own. Prints how much was dropped.
 """
 
+import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from s2r.data import read_jsonl, write_jsonl
+from s2r.data import check_output, read_jsonl, write_jsonl
 from s2r.grade import equivalent, extract_answer
 from s2r.grammar import cut, parse_verdict
 from s2r.run.flags import check, start
@@ -35,7 +34,7 @@ class Config:
     seed: int = 0  # of the choice among samples and of the fraction to keep
 
 
-def read_rollouts(path: str | Path) -> list[dict]:
+def read_rollouts(path: str) -> list[dict]:
     """Rows of a rollout file. Raises FileNotFoundError, and ValueError naming file and row."""
     rows = read_jsonl(path)
     for number, row in enumerate(rows, start=1):
@@ -45,7 +44,7 @@ def read_rollouts(path: str | Path) -> list[dict]:
     return rows
 
 
-def load_verifications(path: str | Path) -> dict[str, list[tuple[str, str]]]:
+def load_verifications(path: str) -> dict[str, list[tuple[str, str]]]:
     """Problem -> (answer, verification) of each of its rows. Raises ValueError naming file and row."""
     found = defaultdict(list)
     for number, row in enumerate(read_jsonl(path), start=1):
@@ -69,12 +68,8 @@ def by_problem(rows: Sequence[dict]) -> dict[str, list[dict]]:
 
 
 def distinct(answers: Sequence[str]) -> list[int]:
-    """Indices of the first of each class of equivalent answers, in order."""
-    chosen: list[int] = []
-    for i, answer in enumerate(answers):
-        if not any(equivalent(answer, answers[j]) for j in chosen):
-            chosen.append(i)
-    return chosen
+    """Indices of the answers that are not equivalent to an earlier one."""
+    return [i for i, answer in enumerate(answers) if not any(equivalent(answer, x) for x in answers[:i])]
 
 
 def usable_answer(row: dict) -> str | None:
@@ -87,23 +82,21 @@ def usable_answer(row: dict) -> str | None:
 
 
 def trials_wanted(wrong: int, samples: int) -> int:
-    """Number of trials k for a problem with this many wrong samples.
+    """Number of trials k for a problem with this many wrong samples; it is 1 only if none is wrong.
 
-    The release has k for 0, 1, 2–3, 4–5 wrong of K = 5; another K is scaled to 5.
+    The release has k = 1, 2, 3, 4 for 0, 1, 2–3, 4–5 wrong of K = 5. For another K the number of wrong samples
+    is scaled to 5 and rounded up.
     """
-    return (1, 2, 3, 3, 4, 4)[round(5 * wrong / samples)]
+    return (1, 2, 3, 3, 4, 4)[math.ceil(5 * wrong / samples)]
 
 
 def why_dropped(verification: str, truth: str, solution: str | None = None) -> str | None:
     """Why a verification is dropped, None if it is kept; `truth` is the true verdict.
 
-    With the `solution` that it checks, it may not be longer than that. The paper filters by verdict alone; the
-    release has this filter too, and nothing calls it.
+    If `solution` is given, the verification may not be longer than it. The paper filters by verdict alone.
     """
     if parse_verdict(verification) != truth:
         return "its verdict does not match the truth, or there is none"
-    if extract_answer(verification) is not None:
-        return "solves the problem again (it boxes an answer)"
     if solution is not None and len(verification) > len(solution):
         return "longer than the solution"
     return None
@@ -148,6 +141,9 @@ def build(
     if final is None:
         counts["problem: no true verification of the right answer"] += 1
         return None
+    if k > 1 and not failed:
+        counts["problem: has wrong samples, none with an answer and a true check"] += 1
+        return None
     if len(failed) + 1 < k:
         counts["problem: fewer distinct wrong answers than its difficulty asks for"] += 1
     return sum(failed[: k - 1], []) + final
@@ -156,7 +152,7 @@ def build(
 def trajectories(
     rows: Sequence[dict], verifications: dict[str, list[tuple[str, str]]], cfg: Config
 ) -> tuple[list[dict], Counter]:
-    """Rows of a trajectory file, at most one per problem, and the counts for `summary`.
+    """Rows of a trajectory file, at most one per problem, and what was read, dropped and kept, by reason.
 
     `rows` are those of a rollout file, `verifications` what `load_verifications` returns.
     """
@@ -177,19 +173,16 @@ def trajectories(
     return examples, counts
 
 
-def summary(counts: Counter) -> str:
-    """What was read, dropped and kept, one line each; `counts` as `trajectories` returns them."""
-    names = sorted(counts, key=lambda name: (name.startswith("kept"), ":" in name, name))
-    return "\n".join(f"{counts[name]:7,}  {name}" for name in names)
-
-
 def main(cfg: Config) -> None:
     check(cfg)
+    if max(cfg.keep) > 1:
+        raise ValueError(f"--keep {max(cfg.keep)}: give fractions between 0 and 1")
+    check_output(cfg.out)
     examples, counts = trajectories(read_rollouts(cfg.rollouts), load_verifications(cfg.verifications), cfg)
-    print(summary(counts))
+    for name in sorted(counts, key=lambda name: (name.startswith("kept"), ":" in name, name)):
+        print(f"{counts[name]:7,}  {name}")
     if not examples:
         raise ValueError(f"{cfg.rollouts}: no problem gives a trajectory; sample more, or easier, problems")
-    Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
     write_jsonl(cfg.out, examples)
 
 

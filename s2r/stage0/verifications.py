@@ -31,13 +31,13 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from s2r.data import drop_torn_line
+from s2r.data import check_output, drop_torn_line
 from s2r.generate import generate
-from s2r.grade import equivalent, extract_answer
+from s2r.grade import equivalent
 from s2r.grammar import VERDICT_SENTENCE, VERIFY_OPENING, cut
 from s2r.run.flags import check, start
 from s2r.run.loop import load, pick
-from s2r.stage0.build import by_problem, distinct, load_verifications, read_rollouts
+from s2r.stage0.build import by_problem, distinct, load_verifications, read_rollouts, usable_answer
 
 
 @dataclass(frozen=True)
@@ -107,17 +107,17 @@ class Wanted:
 
 
 Verifier = Callable[[Sequence[Wanted]], Iterator[tuple[Wanted, str]]]
-"""Yields what is wanted with its verification, in whatever order they come; some may get none."""
+"""Yields each answer with its verification, in any order; some answers may get none."""
 
 
 def wanted(rows: Sequence[dict]) -> list[Wanted]:
-    """What has to be verified: the distinct answers to each problem that has a right one.
+    """What has to be verified: the distinct usable answers to each problem that has a right one among them.
 
-    The other problems give no trajectory. `rows` are those of a rollout file.
+    The other problems and answers give no trajectory. `rows` are those of a rollout file.
     """
     found = []
     for unique_id, samples in by_problem(rows).items():
-        answers = [answer for row in samples if (answer := extract_answer(row["text"]))]
+        answers = [answer for row in samples if (answer := usable_answer(row)) is not None]
         if any(equivalent(answer, samples[0]["answer"]) for answer in answers):
             found += [Wanted(unique_id, samples[0]["problem"], answers[i]) for i in distinct(answers)]
     return found
@@ -217,16 +217,15 @@ def main(cfg: Config) -> None:
     check(cfg, "max_new_tokens", "batch")
     if bool(cfg.model) == bool(cfg.api_base) or bool(cfg.api_base) != bool(cfg.api_model):
         raise ValueError("give --model, or --api-base with --api-model")
-    asked = wanted(read_rollouts(cfg.rollouts))
-    out = Path(cfg.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    before = load_verifications(out) if out.exists() and drop_torn_line(out) else {}
+    check_output(cfg.out)
+    asked, out = wanted(read_rollouts(cfg.rollouts)), Path(cfg.out)
+    before = load_verifications(cfg.out) if out.exists() and drop_torn_line(out) else {}
     todo = [item for item in asked if item.answer not in dict(before.get(item.problem, []))]
     print(f"{len(asked):7,}  answers to verify, {len(asked) - len(todo):,} of them verified before")
     if not asked:
         raise ValueError(
-            f"{cfg.rollouts}: no problem has a right answer, in \\boxed, among its samples, so no trajectory can "
-            "be built; give more samples, easier problems or another base model"
+            f"{cfg.rollouts}: no problem has a right answer, in \\boxed, in a finished sample, so no trajectory "
+            "can be built; give more samples, easier problems or another base model"
         )
     if not todo:
         return
