@@ -73,7 +73,7 @@ def main(cfg: Config) -> None:
         journal.remove()
     if cfg.html:
         credits = rl.online_credit(trajectories, "process", cfg.n)
-        Path(cfg.html).write_text(page(trajectories, credits, tokenizer, f"{cfg.model} on {cfg.ask or cfg.data}"))
+        Path(cfg.html).write_text(page(trajectories, credits, tokenizer, f"{cfg.model} on {cfg.ask or cfg.data}"), "utf-8")
     if cfg.ask:
         return
     metrics = summarize(trajectories) | at_k(trajectories)

@@ -80,34 +80,21 @@ def test_write_problems_makes_files_that_load_and_do_not_overlap(tmp_path):
             assert world.verify(problem.problem, problem.answer)[1] == "correct"
 
 
-def test_hasty_checks_are_claims_about_tedious_divisors_and_true():
-    rng = random.Random(3)
-    share = {a: [] for a in world.DIVISORS}
-    for _ in range(4000):
-        q = world.question(rng)
-        share[q.a].append(world.hasty(q.text, str(rng.choice(q.xs))))
-    for a, hasty in share.items():
-        assert (0.68 < mean(hasty) < 0.82) if a >= 7 else not any(hasty)
-    assert world.verify(PROBLEM, "3024", "claim") == ("This is a multiple of 7. Therefore, the answer is correct.", "correct")
-    assert world.verify(PROBLEM, "4315", "claim") == (
-        "This is not a multiple of 7. Therefore, the answer is incorrect.", "incorrect")
-
-
 @pytest.mark.parametrize("style", ("confirmative", "solving"))
 def test_write_verifications_checks_the_distinct_answers_to_solved_problems(tmp_path, style):
     other = PROBLEM.replace("3024", "3031")
     samples = [(PROBLEM, "3024", said) for said in ("3024", "4315", "4315", "99")]
     samples += [(other, "3031", said) for said in ("2886", "4315")]  # never solved
     write_jsonl(tmp_path / "rollouts.jsonl", [
-        {"unique_id": f"toy/{gold}", "problem": problem, "answer": gold, "text": rf"It is \boxed{{{said}}}."}
+        {"unique_id": f"toy/{gold}", "problem": problem, "answer": gold, "finished": True,
+         "text": rf"It is \boxed{{{said}}}."}
         for problem, gold, said in samples])
     world.write_verifications(tmp_path / "rollouts.jsonl", tmp_path / "checks.jsonl", style)
     rows = read_jsonl(tmp_path / "checks.jsonl")
     assert [row["answer"] for row in rows] == ["3024", "4315", "99"]
     for row in rows:
-        expected = "claim" if style == "confirmative" and world.hasty(PROBLEM, row["answer"]) else style
         assert row == {"unique_id": "toy/3024", "problem": PROBLEM, "answer": row["answer"],
-                       "verification": world.verify(PROBLEM, row["answer"], expected)[0]}
+                       "verification": world.verify(PROBLEM, row["answer"], style)[0]}
 
 
 @pytest.mark.parametrize("flags", [{}, {"folder": "f", "rollouts": "r", "out": "o"}, {"rollouts": "r"}, {"out": "o"}])

@@ -9,9 +9,6 @@ and if it is wrong, try another.
 
     python -m s2r.toy.world --folder F                         problems: F/train.jsonl, F/test.jsonl, F/longer.jsonl
     python -m s2r.toy.world --rollouts R.jsonl --out V.jsonl   a check of every answer in R, by rule, for s2r.stage0.build
-
-The rule imitates a weakness of the models that write checks for real: for large divisors it often states the result and
-leaves the work out (`hasty`). Its verdicts are always true, so no filter drops these checks.
 """
 
 import random
@@ -38,7 +35,6 @@ DIVISORS = range(2, 10)
 LEVELS = {1: 2, 2: 3, 3: 4, 4: 5}  # difficulty of a problem -> how many numbers it names
 NUMBERS = (2, 3, 4, 5)  # how many numbers a question of the pretraining names, all equally often
 DIGITS = 4  # of each number
-TEDIOUS = 7  # from this divisor on, most checks of stage 0 are hasty
 
 
 @dataclass(frozen=True)
@@ -124,7 +120,6 @@ def verify(problem: str, answer: str | None, style: str = "confirmative") -> tup
     """A check by rule: its text, and its verdict, which is true for any answer that a model may give.
 
     "confirmative" divides the answer. "solving", the style that the paper rejects, finds the number again and compares.
-    "claim" shows no work.
     """
     a, xs = read(problem)
     if answer not in xs:
@@ -133,25 +128,15 @@ def verify(problem: str, answer: str | None, style: str = "confirmative") -> tup
     if style == "solving":
         x = next(x for x in xs if int(x) % a == 0)
         work = f"Solve it again: it is {x}, {'the same number' if x == answer else 'another number'}."
-    elif style == "claim":
-        work = f"This is {'not ' if verdict == 'incorrect' else ''}a multiple of {a}."
     else:
         work = divide(a, int(answer))
     return f"{work} {VERDICT_SENTENCE[verdict]}", verdict
 
 
-def hasty(problem: str, answer: str) -> bool:
-    """Whether stage 0 gets a claim in place of this confirmative check: three in four by 7 and above."""
-    return read(problem)[0] >= TEDIOUS and zlib.crc32(f"{problem} {answer}".encode()) % 4 > 0
-
-
 def write_verifications(rollouts: str, out: str, style: str) -> None:
     """A verification file, of the distinct answers in a rollout file to each problem that was solved at least once."""
-    rows = []
-    for item in wanted(read_jsonl(rollouts)):
-        claims = style == "confirmative" and hasty(item.problem, item.answer)
-        rows.append(item.row(verify(item.problem, item.answer, "claim" if claims else style)[0]))
-    write_jsonl(out, rows)
+    asked = wanted(read_jsonl(rollouts))
+    write_jsonl(out, (item.row(verify(item.problem, item.answer, style)[0]) for item in asked))
 
 
 @dataclass(frozen=True)
