@@ -120,8 +120,10 @@ def main(cfg: Config) -> None:
                 total += loss.detach()
             lr = cfg.lr * min(1.0, update / max(cfg.warmup, 1))
             what = f"problems {list(dict.fromkeys(t.problem.unique_id for t in trajectories))}"
-            loss = total.item()
-            norms.append(loop.optimizer_step(run, model, optimizer, step=step, lr=lr, loss=loss, what=what, batch=batch))
+            norm = loop.optimizer_step(
+                run, model, optimizer, step=step, lr=lr, loss=total.item(), what=what, batch=batch
+            )
+            norms.append(norm)
         clock.lap("update")
 
         # 5. Log, show, evaluate, save.
