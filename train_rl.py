@@ -75,7 +75,7 @@ def main(cfg: Config) -> None:
     old = reference if cfg.offline else model  # π_old: offline it stays the model that sampled
     stop = loop.Stop(ranks)
     sampler = loop.Sampler(cfg, ranks, model, tokenizer, stop)
-    prompts = encode_prompts(problems + sampler.held_out, tokenizer, model.config.max_positions)
+    prompts = encode_prompts(problems, tokenizer, model.config.max_positions) + sampler.prompts
     if cfg.offline:
         collect, credit, sequences = offline_source(cfg, tokenizer, reference, ranks)
     else:

@@ -65,11 +65,11 @@ def main(cfg: Config) -> None:
     if not sequences:
         raise ValueError(f"{cfg.data}: no example is within {longest} tokens, the lesser of --max-length and the context")
     steps = cfg.epochs * math.ceil(len(sequences) / cfg.batch_size)
-    if ranks.rank == 0:
-        print(f"{len(sequences)} of {len(examples)} examples within {longest} tokens, {steps} steps")
-        print(memory.report(cfg, model, ranks, sequences=sequences))
     stop = loop.Stop(ranks)
     sampler = loop.Sampler(cfg, ranks, model, tokenizer, stop)
+    if ranks.rank == 0:
+        print(f"{len(sequences)} of {len(examples)} examples within {longest} tokens, {steps} steps")
+        print(memory.report(cfg, model, ranks, sequences=sequences, prompts=sampler.prompts))
     run = Run(cfg, ranks, data=cfg.data, steps=steps)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=True)
     done = run.restore(model, optimizer)
