@@ -8,14 +8,15 @@ from s2r.run.stages import Stage, make
 def copy(tmp_path, name: str, *needs: str) -> Stage:
     """A stage that writes what it needs and its own name into the file `name`, and fails if a need is not there."""
     needs, path = tuple(str(tmp_path / need) for need in needs), str(tmp_path / name)
-    script = f"t = ''.join(open(n).read() for n in {needs}); open({path!r}, 'x').write(t + {name!r}); print('wrote {name}')"
+    script = f"text = ''.join(open(need).read() for need in {needs}); open({path!r}, 'x').write(text + {name!r})"
     return Stage(path, ("-c", script), needs)
 
 
 def run_folder(tmp_path, name: str, *needs: str) -> Stage:
     """A stage that makes a folder, with a line more in it each time the stage runs."""
     folder = tmp_path / name
-    script = f"import os; os.makedirs({str(folder)!r}, exist_ok=True); open({str(folder / 'log')!r}, 'a').write('ran\\n')"
+    script = (f"import os; os.makedirs({str(folder)!r}, exist_ok=True)\n"
+              f"open({str(folder / 'log')!r}, 'a').write('ran\\n')")
     return Stage(str(folder), ("-c", script), tuple(str(tmp_path / need) for need in needs))
 
 
@@ -24,7 +25,8 @@ def test_make_runs_every_stage_once_after_its_needs(tmp_path, at_once):
     stages = [copy(tmp_path, "d", "b", "c"), copy(tmp_path, "b", "a"), copy(tmp_path, "c", "a"), copy(tmp_path, "a")]
     for _ in range(2):  # mode "x" fails on a file that is there, so a stage that ran twice would fail
         make(stages, at_once)
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "a", "b": "ab", "c": "ac", "d": "abacd"}
+    found = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert found == {"a": "a", "b": "ab", "c": "ac", "d": "abacd"}
 
 
 def test_make_runs_at_most_at_once_stages_together(tmp_path):
@@ -64,7 +66,8 @@ def test_make_names_the_stage_that_fails_and_begins_no_other(tmp_path, capsys):
 
 
 def test_make_awaits_the_stages_that_run_when_one_fails(tmp_path):
-    slow = Stage(str(tmp_path / "slow"), ("-c", f"import time; time.sleep(1); open({str(tmp_path / 'slow')!r}, 'w')"), ())
+    script = f"import time; time.sleep(1); open({str(tmp_path / 'slow')!r}, 'w')"
+    slow = Stage(str(tmp_path / "slow"), ("-c", script), ())
     with pytest.raises(ValueError, match="bad failed"):
         make([slow, Stage(str(tmp_path / "bad"), ("-c", "1 / 0"), ())], 2)
     assert (tmp_path / "slow").exists()

@@ -1,7 +1,7 @@
 """Stages: commands that make files and run folders from one another. What is made is not made again.
 
-A run folder may be half trained. It counts as made once something that needs it exists, because that is begun only after
-the folder's command has ended. Before, the command runs again; with --resume it continues, or finds nothing to do.
+A run folder may be half trained. It counts as made once something that needs it exists, because that is begun only
+after the folder's command has ended. Until then the command runs again; it has --resume, so a finished run is quick.
 """
 
 import os
