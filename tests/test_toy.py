@@ -2,6 +2,7 @@
 
 import random
 import re
+from importlib import import_module
 from pathlib import Path
 from statistics import mean
 
@@ -15,8 +16,10 @@ from s2r.grade import equivalent
 from s2r.grammar import RETRY_OPENING, VERIFY_OPENING, parse_verdict, prompt
 from s2r.hf.tokenizer import Tokenizer
 from s2r.model import Transformer
+from s2r.run import flags
 from s2r.toy import pretrain, world
 from s2r.toy.__main__ import PLAN, stages
+from s2r.toy.findings import ABLATIONS
 
 BASE = Path(world.__file__).with_name("base")
 PROBLEM = "Eggs go in boxes of 7. Which number of eggs fills its boxes: 4315, 2886 or 3024?"  # 3024
@@ -229,19 +232,27 @@ def test_stages_make_what_later_stages_need():
 
 def test_stages_pass_the_settings_of_the_toy_to_the_scripts():
     """The scripts default to the paper's settings, so none of these may be left out."""
-    flags = {stage.makes: dict(zip(stage.command, stage.command[1:])) for stage in stages(PLAN, "f", seed=3)}
-    assert flags["f/sft"].items() >= {
+    given = {stage.makes: dict(zip(stage.command, stage.command[1:])) for stage in stages(PLAN, "f", seed=3)}
+    assert given["f/sft"].items() >= {
         "--model": "s2r/toy/base", "--data": "f/trajectories.jsonl", "--out": "f/sft", "--epochs": "3", "--lr": "2e-3",
         "--warmup": "5", "--batch-size": "32", "--kl": "0.01", "--max-length": "1024", "--save-every": "200",
         "--seed": "3"}.items()
     for level in ("outcome", "process"):
-        assert flags[f"f/rl-{level}"].items() >= {
+        assert given[f"f/rl-{level}"].items() >= {
             "--model": "f/sft", "--data": "f/train.jsonl", "--out": f"f/rl-{level}", "--level": level,
             "--problems": "32", "--rollouts": "4", "--updates": "2", "--temperature": "0.7", "--beta": "0.01",
             "--epsilon": "0.2", "--lr": "5e-5", "--warmup": "5", "--steps": "40", "--max-new-tokens": "320",
             "--save-every": "50", "--show-every": "10", "--tokens-per-microbatch": "8192", "--seed": "3"}.items()
-        assert flags[f"f/rl-{level}.json"].items() >= {
+        assert given[f"f/rl-{level}.json"].items() >= {
             "--model": f"f/rl-{level}", "--data": "f/test.jsonl", "--report": f"f/rl-{level}.json",
             "--temperature": "0", "--max-new-tokens": "320"}.items()
     for makes in ("f/sft", "f/rl-outcome", "f/rl-process"):
-        assert "--resume" in flags[makes]  # a killed run continues
+        assert "--resume" in given[makes]  # a killed run continues
+
+
+@pytest.mark.parametrize("plan", (PLAN, ABLATIONS), ids=("toy", "findings"))
+def test_every_command_of_a_plan_is_one_that_its_script_takes(plan):
+    for stage in stages(plan, "f", seed=3):
+        name, *argv = stage.command if stage.command[0] != "-m" else stage.command[1:]
+        cfg = flags.parse(import_module(name.removesuffix(".py")).Config, argv)
+        assert cfg.seed == 3

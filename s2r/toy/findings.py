@@ -120,7 +120,7 @@ def plot(seeds: list[Reports], curves: dict[str, list[list[float]]], path: Path)
     matplotlib.rcParams["svg.hashsalt"] = "s2r"  # the same numbers make the same file
     from matplotlib import pyplot
 
-    def over_seeds(names: list[str], metric: str) -> tuple[tuple[float], tuple[float]]:
+    def over_seeds(names: list[str], metric: str) -> tuple[tuple[float, ...], ...]:
         """(means, half widths), one of each for each model."""
         return tuple(zip(*(interval([value(reports[name], metric) for reports in seeds]) for name in names)))
 
