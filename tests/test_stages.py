@@ -1,5 +1,12 @@
 """Stages: what is made is not made again, needs come first, and a failure is named."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 
 from s2r.run.stages import Stage, make
@@ -84,3 +91,19 @@ def test_a_stage_has_one_thread_and_its_lines_its_name(tmp_path, capfd):
     Stage(str(tmp_path / "rl-outcome"), ("-c", script), ()).run()
     lines = [line for line in capfd.readouterr().out.splitlines() if "│" in line]
     assert lines == [f"     rl-outcome │ {said}" for said in ("1 10", "1", "2")]
+
+
+def test_make_begins_no_stage_after_ctrl_c(tmp_path):
+    """A training script that is interrupted saves a checkpoint and exits with status 0: it is not complete."""
+    train = ("import os, signal; signal.signal(signal.SIGINT, lambda *_: os._exit(0))\n"
+             f"os.mkdir({str(tmp_path / 'run')!r}); signal.pause()")
+    stages = [Stage(str(tmp_path / "run"), ("-c", train), ()), copy(tmp_path, "after", "run")]
+    script = f"from s2r.run.stages import Stage, make; make({stages!r}, 2)"
+    options = {"cwd": Path(__file__).resolve().parents[1], "start_new_session": True, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", script], **options)
+    until = time.monotonic() + 60
+    while not (tmp_path / "run").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    assert b"KeyboardInterrupt" in process.communicate(timeout=60)[1] and process.returncode
+    assert not (tmp_path / "after").exists()

@@ -1,9 +1,9 @@
 """All of S²R on a laptop's CPU, in a world of arithmetic: base model → stage 0 → SFT → RL. Start reading here.
 
-    python -m s2r.toy                        eight minutes on two cores; ends with a table of what each model reached
+    python -m s2r.toy                        ten minutes on two cores; ends with a table of what each model reached
 
-`PLAN` lists the commands, which are those that train a large model, with smaller settings. What is made is not made
-again: a second call continues where the first was stopped. `s2r/toy/world.py` explains the problems.
+`PLAN` lists the commands. They are those that train a large model, with smaller settings. What is made is not made
+again, so a second call continues where the first was stopped. `s2r/toy/world.py` explains the problems.
 """
 
 import json
@@ -27,14 +27,15 @@ MODELS = ("base", "sft", "rl-outcome", "rl-process")
 
 
 def evaluation(model: str, test: str = "test") -> tuple[str, str, str]:
-    """The stage that makes MODEL.json, or MODEL-longer.json on the problems with longer numbers."""
-    report, folder = f"{model}.json" if test == "test" else f"{model}-{test}.json", f"F/{model}"
-    command = f"sample.py --model {BASE if model == 'base' else folder} --data F/{test}.jsonl --report F/{report}"
-    return report, "train.jsonl" if model == "base" else model, f"{command} --temperature 0 --max-new-tokens 320"
+    """The stage that evaluates a model on F/TEST.jsonl and makes MODEL.json, or MODEL-longer.json."""
+    report = f"{model}.json" if test == "test" else f"{model}-{test}.json"
+    folder, need = (BASE, "train.jsonl") if model == "base" else (f"F/{model}", model)
+    command = f"sample.py --model {folder} --data F/{test}.jsonl --report F/{report}"
+    return report, need, f"{command} --temperature 0 --max-new-tokens 320"
 
 
 PLAN: Plan = (
-    ("train.jsonl", "", "-m s2r.toy.world --folder F/"),  # test.jsonl and longer.jsonl too, before it
+    ("train.jsonl", "", "-m s2r.toy.world --folder F/"),  # and test.jsonl and longer.jsonl before it
     ("base.rollouts.jsonl", "train.jsonl", f"""sample.py --model {BASE} --data F/train.jsonl
         --out F/base.rollouts.jsonl --n 5 --temperature 0.7 --max-new-tokens 32 --show 0"""),
     ("verifications.jsonl", "base.rollouts.jsonl",
