@@ -5,11 +5,10 @@
 
 The targets are what a good trajectory does and never its mistakes: every verify, the last solve, the stop token and the
 moves from one action to the next have a loss; the wrong solves are context. Equation (1), plus kl · KL(π ‖ π_base) on the
-same tokens. `python -m s2r.toy` runs this script on a toy problem.
+same tokens.
 """
 
-# Before torch: s2r settles how torch's threads wait.
-import s2r  # isort: skip  # noqa: F401
+import s2r  # isort: skip  # noqa: F401  before torch: it settles how torch's threads wait
 
 import math
 import time
@@ -65,11 +64,11 @@ def main(cfg: Config) -> None:
     if not sequences:
         raise ValueError(f"{cfg.data}: no example is within {longest} tokens, the lesser of --max-length and the context")
     steps = cfg.epochs * math.ceil(len(sequences) / cfg.batch_size)
-    if ranks.rank == 0:
-        print(f"{len(sequences)} of {len(examples)} examples within {longest} tokens, {steps} steps")
-        print(memory.report(cfg, model, ranks, sequences=sequences))
     stop = loop.Stop(ranks)
     sampler = loop.Sampler(cfg, ranks, model, tokenizer, stop)
+    if ranks.rank == 0:
+        print(f"{len(sequences)} of {len(examples)} examples within {longest} tokens, {steps} steps")
+        print(memory.report(cfg, model, ranks, sequences=sequences, prompts=sampler.prompts))
     run = Run(cfg, ranks, data=cfg.data, steps=steps)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=True)
     done = run.restore(model, optimizer)

@@ -7,8 +7,7 @@
 Rows live in the slots of one preallocated cache. A prompt is run through the model once and its keys and values are
 copied to its rows; a row that stops gives its slot to the next one; at the end, when none is waiting, the last row
 moves into the hole, so the rows at work are always slots 0 … S−1. A rollout's random numbers depend on nothing but
-(seed, step, place of the prompt in the list, sample): neither on its slot nor on its neighbours. Called by
-`s2r/rollouts.py` and `s2r/verifications.py`.
+(seed, step, place of the prompt in the list, sample): neither on its slot nor on its neighbours.
 """
 
 import time

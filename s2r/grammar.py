@@ -91,7 +91,7 @@ def parse(ids: list[int], tokenizer: Tokenizer) -> list[Action]:
 def parse_verdict(text: str) -> str | None:
     """Parser(v) of the paper: what the last sentence of a verification says, None unless it is exactly a verdict.
 
-    Only the last sentence counts, whatever came before it. "Cannot be verified" is None too: it claims neither.
+    Only the last sentence counts, whatever came before it. "Cannot be verified" is None too: it says neither.
     """
     text = text.rstrip()
     for verdict in ("correct", "incorrect"):

@@ -2,9 +2,9 @@
 
     python tests/peak.py rl '{"model": "DIR", "data": "F.jsonl", "out": "DIR2"}' [--as-is]
 
-What torch loads when it first trains is not the script's: a first run, on a model of 30,000 parameters, comes before the
-count starts. glibc keeps freed blocks of up to 32 MB for itself unless MALLOC_MMAP_THRESHOLD_ is fixed, which it is
-here, so that the peak is that of the memory in use; `--as-is` leaves glibc alone.
+What torch loads when it first trains does not count: a first run, of a model of 30,000 parameters, comes before.
+glibc keeps freed blocks of up to 32 MB unless MALLOC_MMAP_THRESHOLD_ is set. It is set here, so that the peak is that
+of the memory in use; `--as-is` leaves glibc alone.
 """
 
 import os
@@ -34,9 +34,10 @@ def warm_up(script, folder: Path) -> None:
     model, out = tiny_model.tiny_model(folder / "model"), str(folder / "out")
     if script is train_rl:
         data = tiny_model.problem_file(folder / "problems.jsonl", 4)
-        settings = {"problems": 2, "rollouts": 2, "steps": 1, "max_new_tokens": 8}
+        settings = {"problems": 2, "rollouts": 2, "updates": 2, "steps": 1, "max_new_tokens": 8}
     else:
-        data, settings = tiny_model.trajectory_file(folder / "trajectories.jsonl", 4), {"epochs": 1}
+        data = tiny_model.trajectory_file(folder / "trajectories.jsonl", 4)
+        settings = {"epochs": 1, "batch_size": 4, "kl": 0.1}
     script.main(script.Config(model=str(model), data=str(data), out=out, **settings))
 
 

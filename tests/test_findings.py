@@ -8,7 +8,7 @@ import pytest
 import s2r  # noqa: F401
 from s2r.data import write_jsonl
 from s2r.toy import findings
-from s2r.toy.__main__ import stages
+from s2r.toy.__main__ import PLAN, stages
 
 BASE = {"accuracy": 0.5, "first_accuracy": 0.5, "trials": 1.5, "va": 0.8, "va_right": 0.9, "er": 0.7, "cp": 0.9,
         "icr": 0.1, "cir": 0.02, "by_level": {"1": {"trials": 1.0}, "2": {"trials": 1.5}, "4": {"trials": 3.25}}}
@@ -37,20 +37,20 @@ def test_verdict_by_hand(differences, middle, half, holds):
 
 def names() -> list[str]:
     """Of the reports that the stages make."""
-    made = [stage.makes for stage in (*stages("f", 0), *findings.ablations("f", 0))]
-    return [output.removeprefix("f/").removesuffix(".json") for output in made if output.endswith(".json")]
+    made = [makes for makes, _, _ in (*PLAN, *findings.ABLATIONS)]
+    return [output.removesuffix(".json") for output in made if output.endswith(".json")]
 
 
 def test_every_finding_finds_its_reports_among_the_stages():
-    one, two = ({name: BASE | {"accuracy": x, "va": None if name == "base" else x} for name in names()} for x in (0.4, 0.6))
+    one, two = ({name: BASE | {"accuracy": x, "va": x if name != "base" else None} for name in names()}
+                for x in (0.4, 0.6))
     assert findings.report([one, two]).count("\n") == 1 + len(findings.FINDINGS)
     assert "| base | 50.0 ± 127.1 |" in findings.models([one, two])
 
 
 def test_ablations_make_what_later_stages_need():
-    known = {"s2r/toy/base", *(stage.makes for stage in stages("f", 0))}
-    known |= {f"f/trajectories-{size}.jsonl" for size in findings.SIZES}  # main writes them
-    for stage in findings.ablations("f", 0):
+    known = {stage.makes for stage in stages(PLAN, "f", 0)}
+    for stage in stages(findings.ABLATIONS, "f", 0):
         assert set(stage.needs) <= known and stage.makes not in known
         known.add(stage.makes)
 
@@ -77,8 +77,9 @@ def test_main_writes_table_and_figure_of_what_the_stages_left(tmp_path, monkeypa
     assert "| base | 50.5 ± 6.4 |" in table and table.strip().endswith("|")
     assert table.partition("commit")[2].partition("\n")[2].strip() in capsys.readouterr().out
     assert Path("out/findings.svg").read_text().count("</svg>") == 1
-    sizes = [len(Path(f"runs/findings/seed-1/trajectories-{size}.jsonl").read_text().splitlines()) for size in findings.SIZES]
-    assert sizes == [50, 100, 200, 300]
+    for size, rows in zip(findings.SIZES, (50, 100, 200, 300), strict=True):
+        text = Path(f"runs/findings/seed-1/trajectories-{size}.jsonl").read_text()
+        assert text.count("\n") == rows
 
 
 def test_main_refuses_one_seed():

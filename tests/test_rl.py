@@ -2,6 +2,9 @@
 
 import math
 import random
+import re
+from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
@@ -358,3 +361,24 @@ def test_gradient_does_not_depend_on_the_token_budget(name, folder, tmp_path, mo
     for other in found[:2]:
         assert not torch.equal(other, found[2])  # the budget did split the batch
         assert (other - found[2]).norm() <= 1e-6 * found[2].norm()
+
+
+# --- the README's example ---
+
+def test_readme_example_of_four_rollouts_is_what_the_functions_say(tokenizer):
+    """Every row of the table: code, R_o, b̂, A, R_a, b̂ by context, A of each action."""
+    lines = [line for line in (Path(__file__).parents[1] / "README.md").read_text().splitlines()
+             if re.match(r"\| [+−] [+−ci ]+\|", line)]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [row[0] for row in rows] == ["+ c", "− i + c", "− c", "+ i − c"]
+
+    def numbers(cell: str) -> list[float]:
+        return [float(Fraction(x.strip().replace("−", "-"))) for x in cell.split(",")]
+
+    group = [response(row[0].replace("−", "-").replace(" ", ""), tokenizer) for row in rows]
+    for level, (reward, baseline, advantage) in (("outcome", (1, 2, 3)), ("process", (4, 5, 6))):
+        for row, credit in zip(rows, rl.online_credit(group, level, 4)):
+            assert credit.reward == numbers(row[reward])
+            assert credit.baseline == pytest.approx(numbers(row[baseline]))
+            gained = [r - b for r, b in zip(credit.reward, credit.baseline)]
+            assert gained == pytest.approx(numbers(row[advantage]))

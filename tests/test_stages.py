@@ -1,5 +1,12 @@
 """Stages: what is made is not made again, needs come first, and a failure is named."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 
 from s2r.run.stages import Stage, make
@@ -8,14 +15,15 @@ from s2r.run.stages import Stage, make
 def copy(tmp_path, name: str, *needs: str) -> Stage:
     """A stage that writes what it needs and its own name into the file `name`, and fails if a need is not there."""
     needs, path = tuple(str(tmp_path / need) for need in needs), str(tmp_path / name)
-    script = f"t = ''.join(open(n).read() for n in {needs}); open({path!r}, 'x').write(t + {name!r}); print('wrote {name}')"
+    script = f"text = ''.join(open(need).read() for need in {needs}); open({path!r}, 'x').write(text + {name!r})"
     return Stage(path, ("-c", script), needs)
 
 
 def run_folder(tmp_path, name: str, *needs: str) -> Stage:
     """A stage that makes a folder, with a line more in it each time the stage runs."""
     folder = tmp_path / name
-    script = f"import os; os.makedirs({str(folder)!r}, exist_ok=True); open({str(folder / 'log')!r}, 'a').write('ran\\n')"
+    script = (f"import os; os.makedirs({str(folder)!r}, exist_ok=True)\n"
+              f"open({str(folder / 'log')!r}, 'a').write('ran\\n')")
     return Stage(str(folder), ("-c", script), tuple(str(tmp_path / need) for need in needs))
 
 
@@ -24,7 +32,8 @@ def test_make_runs_every_stage_once_after_its_needs(tmp_path, at_once):
     stages = [copy(tmp_path, "d", "b", "c"), copy(tmp_path, "b", "a"), copy(tmp_path, "c", "a"), copy(tmp_path, "a")]
     for _ in range(2):  # mode "x" fails on a file that is there, so a stage that ran twice would fail
         make(stages, at_once)
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "a", "b": "ab", "c": "ac", "d": "abacd"}
+    found = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert found == {"a": "a", "b": "ab", "c": "ac", "d": "abacd"}
 
 
 def test_make_runs_at_most_at_once_stages_together(tmp_path):
@@ -64,7 +73,8 @@ def test_make_names_the_stage_that_fails_and_begins_no_other(tmp_path, capsys):
 
 
 def test_make_awaits_the_stages_that_run_when_one_fails(tmp_path):
-    slow = Stage(str(tmp_path / "slow"), ("-c", f"import time; time.sleep(1); open({str(tmp_path / 'slow')!r}, 'w')"), ())
+    script = f"import time; time.sleep(1); open({str(tmp_path / 'slow')!r}, 'w')"
+    slow = Stage(str(tmp_path / "slow"), ("-c", script), ())
     with pytest.raises(ValueError, match="bad failed"):
         make([slow, Stage(str(tmp_path / "bad"), ("-c", "1 / 0"), ())], 2)
     assert (tmp_path / "slow").exists()
@@ -81,3 +91,19 @@ def test_a_stage_has_one_thread_and_its_lines_its_name(tmp_path, capfd):
     Stage(str(tmp_path / "rl-outcome"), ("-c", script), ()).run()
     lines = [line for line in capfd.readouterr().out.splitlines() if "│" in line]
     assert lines == [f"     rl-outcome │ {said}" for said in ("1 10", "1", "2")]
+
+
+def test_make_begins_no_stage_after_ctrl_c(tmp_path):
+    """A training script that is interrupted saves a checkpoint and exits with status 0: it is not complete."""
+    train = ("import os, signal; signal.signal(signal.SIGINT, lambda *_: os._exit(0))\n"
+             f"os.mkdir({str(tmp_path / 'run')!r}); signal.pause()")
+    stages = [Stage(str(tmp_path / "run"), ("-c", train), ()), copy(tmp_path, "after", "run")]
+    script = f"from s2r.run.stages import Stage, make; make({stages!r}, 2)"
+    options = {"cwd": Path(__file__).resolve().parents[1], "start_new_session": True, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", script], **options)
+    until = time.monotonic() + 60
+    while not (tmp_path / "run").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    assert b"KeyboardInterrupt" in process.communicate(timeout=60)[1] and process.returncode
+    assert not (tmp_path / "after").exists()

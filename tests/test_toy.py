@@ -2,6 +2,7 @@
 
 import random
 import re
+from importlib import import_module
 from pathlib import Path
 from statistics import mean
 
@@ -15,8 +16,10 @@ from s2r.grade import equivalent
 from s2r.grammar import RETRY_OPENING, VERIFY_OPENING, parse_verdict, prompt
 from s2r.hf.tokenizer import Tokenizer
 from s2r.model import Transformer
+from s2r.run import flags
 from s2r.toy import pretrain, world
-from s2r.toy.__main__ import stages
+from s2r.toy.__main__ import PLAN, stages
+from s2r.toy.findings import ABLATIONS
 
 BASE = Path(world.__file__).with_name("base")
 PROBLEM = "Eggs go in boxes of 7. Which number of eggs fills its boxes: 4315, 2886 or 3024?"  # 3024
@@ -80,34 +83,21 @@ def test_write_problems_makes_files_that_load_and_do_not_overlap(tmp_path):
             assert world.verify(problem.problem, problem.answer)[1] == "correct"
 
 
-def test_hasty_checks_are_claims_about_tedious_divisors_and_true():
-    rng = random.Random(3)
-    share = {a: [] for a in world.DIVISORS}
-    for _ in range(4000):
-        q = world.question(rng)
-        share[q.a].append(world.hasty(q.text, str(rng.choice(q.xs))))
-    for a, hasty in share.items():
-        assert (0.68 < mean(hasty) < 0.82) if a >= 7 else not any(hasty)
-    assert world.verify(PROBLEM, "3024", "claim") == ("This is a multiple of 7. Therefore, the answer is correct.", "correct")
-    assert world.verify(PROBLEM, "4315", "claim") == (
-        "This is not a multiple of 7. Therefore, the answer is incorrect.", "incorrect")
-
-
 @pytest.mark.parametrize("style", ("confirmative", "solving"))
 def test_write_verifications_checks_the_distinct_answers_to_solved_problems(tmp_path, style):
     other = PROBLEM.replace("3024", "3031")
     samples = [(PROBLEM, "3024", said) for said in ("3024", "4315", "4315", "99")]
     samples += [(other, "3031", said) for said in ("2886", "4315")]  # never solved
     write_jsonl(tmp_path / "rollouts.jsonl", [
-        {"unique_id": f"toy/{gold}", "problem": problem, "answer": gold, "text": rf"It is \boxed{{{said}}}."}
+        {"unique_id": f"toy/{gold}", "problem": problem, "answer": gold, "finished": True,
+         "text": rf"It is \boxed{{{said}}}."}
         for problem, gold, said in samples])
     world.write_verifications(tmp_path / "rollouts.jsonl", tmp_path / "checks.jsonl", style)
     rows = read_jsonl(tmp_path / "checks.jsonl")
     assert [row["answer"] for row in rows] == ["3024", "4315", "99"]
     for row in rows:
-        expected = "claim" if style == "confirmative" and world.hasty(PROBLEM, row["answer"]) else style
         assert row == {"unique_id": "toy/3024", "problem": PROBLEM, "answer": row["answer"],
-                       "verification": world.verify(PROBLEM, row["answer"], expected)[0]}
+                       "verification": world.verify(PROBLEM, row["answer"], style)[0]}
 
 
 @pytest.mark.parametrize("flags", [{}, {"folder": "f", "rollouts": "r", "out": "o"}, {"rollouts": "r"}, {"out": "o"}])
@@ -213,7 +203,7 @@ def test_base_model_has_learnt_the_parts():
 
 def test_pretrain_makes_a_folder_that_loads_and_repeats(tmp_path):
     for folder in ("one", "two"):
-        pretrain.pretrain(tmp_path / folder, steps=2, seed=0)
+        pretrain.main(pretrain.Config(out=str(tmp_path / folder), steps=2))
     first, second = (Transformer.from_pretrained(tmp_path / folder) for folder in ("one", "two"))
     for p, q in zip(first.parameters(), second.parameters()):
         assert torch.equal(p, q) and p.isfinite().all()
@@ -221,27 +211,35 @@ def test_pretrain_makes_a_folder_that_loads_and_repeats(tmp_path):
 
 
 def test_stages_make_what_later_stages_need():
-    made = {"s2r/toy/base"}
-    for stage in stages("runs/toy", seed=0):
-        assert set(stage.needs) <= made
+    made = set()
+    for stage in stages(PLAN, "runs/toy", seed=0):
+        assert set(stage.needs) <= made and stage.makes not in made
         made.add(stage.makes)
-    assert len(made) == 1 + len(stages("runs/toy", seed=0))
 
 
-def test_stages_pass_every_setting_of_the_toy_explicitly():
-    """Defaults of the scripts are the paper's: a setting that is left out here would train the toy as if it were a 7B."""
-    given = {stage.makes: dict(zip(stage.command, stage.command[1:])) for stage in stages("f", seed=3)}
-    flags = {makes: {k: v for k, v in pairs.items() if k.startswith("--")} for makes, pairs in given.items()}
-    assert flags["f/sft"].items() >= {
+def test_stages_pass_the_settings_of_the_toy_to_the_scripts():
+    """The scripts default to the paper's settings, so none of these may be left out."""
+    given = {stage.makes: dict(zip(stage.command, stage.command[1:])) for stage in stages(PLAN, "f", seed=3)}
+    assert given["f/sft"].items() >= {
         "--model": "s2r/toy/base", "--data": "f/trajectories.jsonl", "--out": "f/sft", "--epochs": "3", "--lr": "2e-3",
         "--warmup": "5", "--batch-size": "32", "--kl": "0.01", "--max-length": "1024", "--save-every": "200",
         "--seed": "3"}.items()
     for level in ("outcome", "process"):
-        assert flags[f"f/rl-{level}"].items() >= {
-            "--model": "f/sft", "--data": "f/train.jsonl", "--out": f"f/rl-{level}", "--level": level, "--problems": "32",
-            "--rollouts": "4", "--updates": "2", "--temperature": "0.7", "--beta": "0.01", "--epsilon": "0.2",
-            "--lr": "5e-5", "--warmup": "5", "--steps": "40", "--max-new-tokens": "320", "--save-every": "50",
-            "--show-every": "10", "--tokens-per-microbatch": "8192", "--seed": "3"}.items()
-    assert flags["f/sft.json"].items() >= {"--model": "f/sft", "--temperature": "0", "--max-new-tokens": "320"}.items()
+        assert given[f"f/rl-{level}"].items() >= {
+            "--model": "f/sft", "--data": "f/train.jsonl", "--out": f"f/rl-{level}", "--level": level,
+            "--problems": "32", "--rollouts": "4", "--updates": "2", "--temperature": "0.7", "--beta": "0.01",
+            "--epsilon": "0.2", "--lr": "5e-5", "--warmup": "5", "--steps": "40", "--max-new-tokens": "320",
+            "--save-every": "50", "--show-every": "10", "--tokens-per-microbatch": "8192", "--seed": "3"}.items()
+        assert given[f"f/rl-{level}.json"].items() >= {
+            "--model": f"f/rl-{level}", "--data": "f/test.jsonl", "--report": f"f/rl-{level}.json",
+            "--temperature": "0", "--max-new-tokens": "320"}.items()
     for makes in ("f/sft", "f/rl-outcome", "f/rl-process"):
-        assert "--resume" in flags[makes]
+        assert "--resume" in given[makes]  # a killed run continues
+
+
+@pytest.mark.parametrize("plan", (PLAN, ABLATIONS), ids=("toy", "findings"))
+def test_every_command_of_a_plan_is_one_that_its_script_takes(plan):
+    for stage in stages(plan, "f", seed=3):
+        name, *argv = stage.command if stage.command[0] != "-m" else stage.command[1:]
+        cfg = flags.parse(import_module(name.removesuffix(".py")).Config, argv)
+        assert cfg.seed == 3

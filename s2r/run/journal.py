@@ -24,7 +24,8 @@ class Journal:
             return
         check_output(self.path)
         self.settings = {name: getattr(cfg, name) for name in ("n", "temperature", "max_new_tokens", "seed")}
-        self.settings["model"] = f"{cfg.model}, last changed at {Path(cfg.model).stat().st_mtime}"
+        changed = max(file.stat().st_mtime for file in Path(cfg.model).glob("*.safetensors"))
+        self.settings["model"] = f"{cfg.model}, weights of {changed}"
         self.settings["data"] = f"{cfg.data or cfg.ask}, checksum {zlib.crc32(repr(problems).encode()):08x}"
         self.settings["dtype"] = str(dtype)
         if self.path.exists() and drop_torn_line(self.path):

@@ -17,7 +17,7 @@ from s2r.data import Problem, load_problems
 from s2r.hf.tokenizer import Tokenizer
 from s2r.metrics import summarize
 from s2r.model import Transformer
-from s2r.rollouts import Trajectory
+from s2r.rollouts import Trajectory, encode_prompts
 from s2r.run.checkpoint import Run, move
 from s2r.run.ranks import Ranks, roll_out_shares
 
@@ -99,6 +99,7 @@ class Sampler:
     def __init__(self, cfg, ranks: Ranks, model: Transformer, tokenizer: Tokenizer, stop: "Stop"):
         self.cfg, self.ranks, self.model, self.tokenizer, self.stop = cfg, ranks, model, tokenizer, stop
         self.held_out = held_out(cfg)
+        self.prompts = encode_prompts(self.held_out, tokenizer, model.config.max_positions)  # an error now, if any
         self.copy: Transformer | None = None
 
     def __call__(self, problems: Sequence[Problem], **settings) -> list[Trajectory]:

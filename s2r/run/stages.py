@@ -1,12 +1,13 @@
 """Stages: commands that make files and run folders from one another. What is made is not made again.
 
-A run folder may be half trained. It counts as made once something that needs it exists, because that is begun only after
-the folder's command has ended. Before, the command runs again; with --resume it continues, or finds nothing to do.
+A run folder may be half trained. It counts as made once something that needs it exists, because that is begun only
+after the folder's command has ended. Until then the command runs again; it has --resume, so a finished run is quick.
 """
 
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ class Stage:
     def run(self) -> None:
         """Run the command on one thread and print its lines behind its name. Raises ValueError when it fails."""
         print("\n$ python", *self.command, flush=True)
+        start = time.perf_counter()
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "10"}
         pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
         with subprocess.Popen([sys.executable, *self.command], env=environment, **pipe) as process:
@@ -28,6 +30,7 @@ class Stage:
                 print(f"{Path(self.makes).name:>15} │ {line}", end="", flush=True)
         if process.returncode or not Path(self.makes).exists():
             raise ValueError(f"the stage that makes {self.makes} failed (its last lines are above)")
+        print(f"{self.makes}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
 def make(stages: list[Stage], at_once: int = os.cpu_count()) -> None:

@@ -3,9 +3,9 @@
     python -m s2r.toy.findings               an hour on two cores; what is made is not made again
     pip install matplotlib                   for the figure, optional
 
-Each finding is a difference that the paper says is positive. It is taken for each seed. The finding holds if the 95 %
-interval of the mean (t distribution) lies above zero, fails if it lies below, and is undecided otherwise. A seed has its
-own problems, samples and training runs; the base model is the same. No setting is tuned for a finding.
+Each finding is a difference that the paper says is positive, taken for each seed. It holds if the 95 % interval of
+the mean (t distribution) lies above zero, fails if it lies below, and is undecided otherwise. A seed has its own
+problems, samples and training runs; the base model is the same. No setting is tuned for a finding.
 """
 
 import json
@@ -17,17 +17,17 @@ from statistics import mean
 
 from s2r.data import read_jsonl, write_jsonl
 from s2r.run.flags import check, start
-from s2r.run.stages import Stage, make
-from s2r.toy.__main__ import MODELS, evaluation, rewards, rl, sft, stage0, stages
+from s2r.run.stages import make
+from s2r.toy.__main__ import BUILD, MODELS, PLAN, RL, SFT, Plan, evaluation, rewards, stages
 from s2r.view.report import interval
 
 SIZES = (50, 100, 200, 400)  # SFT trajectories, for data efficiency
 SFT_STEPS = 160  # about as many optimizer steps as three epochs of all trajectories take
-SAMPLES = "--limit 1000 --n 8 --temperature 0.7 --max-new-tokens 320 --show 0".split()  # for offline RL
 COLUMNS = ("accuracy", "first_accuracy", "trials", "va", "va_right", "er", "cp", "icr", "cir")
 Reports = dict[str, dict]  # of one seed: name of the model -> what sample.py --report wrote
 
-FINDINGS = (  # claim; the paper's numbers (Qwen2.5-Math-7B, MATH500); value, and the models with more and with less of it
+# Claim; the paper's numbers (Qwen2.5-Math-7B, MATH500); the value compared; the models with more and with less of it.
+FINDINGS = (
     ("SFT beats the base: accuracy", "51.0 → 81.6", "accuracy", "sft", "base"),
     ("outcome RL beats SFT: accuracy", "81.6 → 84.4", "accuracy", "rl-outcome", "sft"),
     ("process RL beats SFT: accuracy", "81.6 → 83.4", "accuracy", "rl-process", "sft"),
@@ -48,25 +48,33 @@ FINDINGS = (  # claim; the paper's numbers (Qwen2.5-Math-7B, MATH500); value, an
 )  # fmt: skip
 
 
-def ablations(folder: str, seed: int) -> list[Stage]:
-    """What the findings need beyond the toy's own `stages`. Expects FOLDER/trajectories-SIZE.jsonl to be there."""
-    train, rollouts = f"{folder}/train.jsonl", f"{folder}/sft.rollouts.jsonl"
-    sample = ("sample.py", "--model", f"{folder}/sft", "--data", train, "--out", rollouts, *SAMPLES, "--seed", str(seed))
-    models = [
-        sft(folder, seed, "sft-unmasked", "trajectories", 3, "--unmasked"),
-        sft(folder, seed, "sft-solving", "trajectories-solving"),
-        *[sft(folder, seed, f"sft-{n}", f"trajectories-{n}", round(SFT_STEPS / math.ceil(n / 32))) for n in SIZES],
-        *[rl(folder, seed, f"offline-{level}", "--offline", rollouts, "--level", level) for level in ("outcome", "process")],
-    ]
-    reports = [evaluation(folder, Path(model.makes).name) for model in models]
-    reports += [evaluation(folder, name, "longer") for name in MODELS]
-    return [*stage0(folder, seed, "solving", "-solving"), Stage(rollouts, sample, (f"{folder}/sft",)), *models, *reports]
+# What the findings need beyond the toy's own plan; `main` writes trajectories-N.jsonl, the first N rows.
+TRAINED = (
+    ("sft-unmasked", "", f"{SFT} --data F/trajectories.jsonl --epochs 3 --unmasked"),
+    ("sft-solving", "trajectories-solving.jsonl", f"{SFT} --data F/trajectories-solving.jsonl --epochs 3"),
+    *[(f"sft-{n}", "", f"{SFT} --data F/trajectories-{n}.jsonl --epochs {round(SFT_STEPS / math.ceil(n / 32))}")
+      for n in SIZES],
+    *[(f"offline-{level}", "sft.rollouts.jsonl", f"{RL} --offline F/sft.rollouts.jsonl --level {level}")
+      for level in ("outcome", "process")],
+)  # fmt: skip
+ABLATIONS: Plan = (
+    ("verifications-solving.jsonl", "", """-m s2r.toy.world --style solving --rollouts F/base.rollouts.jsonl
+        --out F/verifications-solving.jsonl"""),
+    ("trajectories-solving.jsonl", "verifications-solving.jsonl",
+        f"{BUILD} --verifications F/verifications-solving.jsonl --out F/trajectories-solving.jsonl"),
+    ("sft.rollouts.jsonl", "", """sample.py --model F/sft --data F/train.jsonl --out F/sft.rollouts.jsonl
+        --limit 1000 --n 8 --temperature 0.7 --max-new-tokens 320 --show 0"""),
+    *[(name, needs, f"{command} --out F/{name}") for name, needs, command in TRAINED],
+    *[evaluation(name) for name, _, _ in TRAINED],
+    *[evaluation(name, "longer") for name in MODELS],
+)  # fmt: skip
 
 
 def value(report: dict, name: str) -> float | None:
-    """A metric, fractions in per cent; "harder": trials at the hardest level less those at the easiest;
+    """A number of a report, fractions in per cent; None where the report has none.
 
-    "bias": how much more often a verdict on a right answer is true than one on a wrong answer, in points.
+    "harder": trials at the hardest level less those at the easiest. "bias": how much more often the verdict is true on
+    right answers than on wrong ones.
     """
     if name == "harder":
         levels = report["by_level"]
@@ -112,7 +120,7 @@ def plot(seeds: list[Reports], curves: dict[str, list[list[float]]], path: Path)
     matplotlib.rcParams["svg.hashsalt"] = "s2r"  # the same numbers make the same file
     from matplotlib import pyplot
 
-    def over_seeds(names: list[str], metric: str) -> tuple[tuple[float], tuple[float]]:
+    def over_seeds(names: list[str], metric: str) -> tuple[tuple[float, ...], ...]:
         """(means, half widths), one of each for each model."""
         return tuple(zip(*(interval([value(reports[name], metric) for reports in seeds]) for name in names)))
 
@@ -149,15 +157,13 @@ def main(cfg: Config) -> None:
     if cfg.seeds < 2:
         raise ValueError(f"--seeds {cfg.seeds}: an interval needs two or more")
     folders = [f"{cfg.folder}/seed-{seed}" for seed in range(cfg.seeds)]
-    first = [stage for seed, folder in enumerate(folders) for stage in stages(folder, seed)]
-    make(first)
+    make([stage for seed, folder in enumerate(folders) for stage in stages(PLAN, folder, seed)])
     for folder in folders:
         trajectories = read_jsonl(f"{folder}/trajectories.jsonl")
         for size in SIZES:
             write_jsonl(f"{folder}/trajectories-{size}.jsonl", trajectories[:size])
-    more = [stage for seed, folder in enumerate(folders) for stage in ablations(folder, seed)]
-    make(more)
-    names = [Path(stage.makes).stem for stage in (*first, *more) if stage.makes.endswith(".json")]
+    make([stage for seed, folder in enumerate(folders) for stage in stages(ABLATIONS, folder, seed)])
+    names = [makes.removesuffix(".json") for makes, _, _ in (*PLAN, *ABLATIONS) if makes.endswith(".json")]
     seeds = [{name: json.loads(Path(folder, f"{name}.json").read_text()) for name in names} for folder in folders]
     text = f"{report(seeds)}\n\n{models(seeds)}\n"
     print(f"\n{text}")
@@ -165,8 +171,9 @@ def main(cfg: Config) -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     origin = f"`python -m s2r.toy.findings --seeds {cfg.seeds}`, commit {commit or 'unknown'}."
     Path(f"{cfg.out}.md").write_text(f"# The paper's findings in the toy world\n\n{origin}\n\n{text}")
+    curves = {name: [rewards(f"{folder}/{name}") for folder in folders] for name in ("rl-outcome", "rl-process")}
     try:
-        plot(seeds, {name: [rewards(f"{folder}/{name}") for folder in folders] for name in MODELS[2:]}, Path(f"{cfg.out}.svg"))
+        plot(seeds, curves, Path(f"{cfg.out}.svg"))
     except ImportError:
         print("no figure: pip install matplotlib")
 

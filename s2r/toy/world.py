@@ -1,17 +1,13 @@
 r"""The toy world: arithmetic problems, and a rule that checks answers to them.
 
-    Eggs go in boxes of 7. Which number of eggs fills its boxes: 4315, 2886 or 3024?          a = 7, x = 3024
+    Eggs go in boxes of 7. Which number of eggs fills its boxes: 4315, 2886 or 3024?      a = 7, x = 3024
 
-A problem names a few numbers. Exactly one of them, x, is a multiple of a. *Finding* x is hard for the toy model: it
-answers at once, without scratch work, and is right about half the time. *Checking* a number is easy, because long
-division goes digit by digit: "3 leaves 3, 30 leaves 2, 22 leaves 1, 14 leaves 0". S²R needs this gap: check the answer,
-and if it is wrong, try another.
+Exactly one of the numbers, x, is a multiple of a. *Finding* x is hard for the toy model: it answers at once, without
+scratch work, and is right about half the time. *Checking* a number is easy, because long division goes digit by
+digit: "3 leaves 3, 30 leaves 2, 22 leaves 1, 14 leaves 0". S²R needs this gap: check, and if it is wrong, try again.
 
-    python -m s2r.toy.world --folder F                         problems: F/train.jsonl, F/test.jsonl, F/longer.jsonl
-    python -m s2r.toy.world --rollouts R.jsonl --out V.jsonl   a check of every answer in R, by rule, for s2r.stage0.build
-
-The rule imitates a weakness of the models that write checks for real: for large divisors it often states the result and
-leaves the work out (`hasty`). Its verdicts are always true, so no filter drops these checks.
+    python -m s2r.toy.world --folder F                         writes problems: F/{train,test,longer}.jsonl
+    python -m s2r.toy.world --rollouts R.jsonl --out V.jsonl   writes checks of the answers in R, for s2r.stage0.build
 """
 
 import random
@@ -32,13 +28,13 @@ TEMPLATES = (
     "Chairs stand in rows of {a}. Which number of chairs leaves none over: {xs}?",
     "{a} children share sweets. Which number of sweets can they share evenly: {xs}?",
 )
-PATTERNS = [re.compile(re.escape(template).replace(r"\{a\}", r"(?P<a>\d+)").replace(r"\{xs\}", r"(?P<xs>\d[\d, or]*)"))
-            for template in TEMPLATES]
+PATTERNS = [
+    re.compile(re.escape(t).replace(r"\{a\}", r"(?P<a>\d+)").replace(r"\{xs\}", r"(?P<xs>\d[\d, or]*)"))
+    for t in TEMPLATES
+]
 DIVISORS = range(2, 10)
 LEVELS = {1: 2, 2: 3, 3: 4, 4: 5}  # difficulty of a problem -> how many numbers it names
-NUMBERS = (2, 3, 4, 5)  # how many numbers a question of the pretraining names, all equally often
 DIGITS = 4  # of each number
-TEDIOUS = 7  # from this divisor on, most checks of stage 0 are hasty
 
 
 @dataclass(frozen=True)
@@ -60,14 +56,14 @@ class Question:
 
 
 def held_out(a: int, x: int) -> bool:
-    """Whether (a, x) belongs to the test set, like one in ten: no other question with divisor a has the answer x."""
+    """Whether questions with divisor a and answer x are test questions, in any wording; one pair in ten is."""
     return zlib.crc32(f"{a} {x}".encode()) % 10 == 0
 
 
 def question(rng: random.Random, test: bool = False, level: int | None = None, digits: int = DIGITS) -> Question:
-    """A random question of the training or the test set, of one level or (None) as in the pretraining."""
+    """A random question of the training or the test set, of one level, or of any level (None)."""
     a, low = rng.choice(DIVISORS), 10 ** (digits - 1)
-    count = LEVELS[level] if level else rng.choice(NUMBERS)
+    count = LEVELS[level] if level else rng.choice(list(LEVELS.values()))
     xs = []
     while len(xs) < count:
         x = rng.randrange(low, 10 * low)
@@ -78,23 +74,20 @@ def question(rng: random.Random, test: bool = False, level: int | None = None, d
     return Question(a, tuple(xs), rng.randrange(len(TEMPLATES)))
 
 
-def write_problems(folder: str | Path, train: int = 4000, test: int = 1000, longer: int = 400, seed: int = 0) -> None:
-    """Problem files, all levels equally often, no question twice. Numbers in `longer.jsonl` have one digit more.
+def write_problems(folder: str | Path, *, train: int = 4000, test: int = 1000, longer: int = 400, seed: int) -> None:
+    """Problem files, all levels equally often, no question twice. `train.jsonl` is last: then all three are there.
 
-    No model is trained on numbers that long. `train.jsonl` is written last: where it is, the others are.
+    Numbers in `longer.jsonl` have one digit more than those of any training.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, size in (("test", test), ("longer", longer), ("train", train)):
-        rng, questions = random.Random(f"{seed} {name}"), {}
-        while len(questions) < size:
-            level = 1 + len(questions) % len(LEVELS)
+        rng, rows = random.Random(f"{seed} {name}"), {}
+        while len(rows) < size:
+            i, level = len(rows), 1 + len(rows) % len(LEVELS)
             q = question(rng, name != "train", level, DIGITS + (name == "longer"))
-            questions[q.text] = q, level
-        rows = [
-            {"problem": q.text, "answer": str(q.x), "level": level, "unique_id": f"toy/{name}/{i}"}
-            for i, (q, level) in enumerate(questions.values())
-        ]
-        write_jsonl(Path(folder) / f"{name}.jsonl", rows)
+            row = {"problem": q.text, "answer": str(q.x), "level": level, "unique_id": f"toy/{name}/{i}"}
+            rows.setdefault(q.text, row)
+        write_jsonl(Path(folder) / f"{name}.jsonl", rows.values())
 
 
 def solve(x: int) -> str:
@@ -113,18 +106,17 @@ def divide(a: int, x: int) -> str:
 
 
 def read(problem: str) -> tuple[int, list[str]]:
-    """The divisor and the numbers in a problem's text. Raises ValueError for a problem that is not of this world."""
+    """The divisor and the numbers in a problem's text. Raises ValueError for a problem of another world."""
     found = next(filter(None, (pattern.fullmatch(problem) for pattern in PATTERNS)), None)
     if found is None:
-        raise ValueError(f"not a problem of the toy world, so its rule cannot verify answers to it: {problem!r}")
+        raise ValueError(f"not a problem of the toy world, so its rule cannot check answers to it: {problem!r}")
     return int(found["a"]), re.findall(r"\d+", found["xs"])
 
 
 def verify(problem: str, answer: str | None, style: str = "confirmative") -> tuple[str, str]:
-    """A check by rule: its text, and its verdict, which is true for any answer that a model may give.
+    """A check of any answer by rule: its text, and its verdict, which is true.
 
-    "confirmative" divides the answer. "solving", the style that the paper rejects, finds the number again and compares.
-    "claim" shows no work.
+    "confirmative" divides the answer; "solving", which the paper rejects, finds x again and compares.
     """
     a, xs = read(problem)
     if answer not in xs:
@@ -133,25 +125,15 @@ def verify(problem: str, answer: str | None, style: str = "confirmative") -> tup
     if style == "solving":
         x = next(x for x in xs if int(x) % a == 0)
         work = f"Solve it again: it is {x}, {'the same number' if x == answer else 'another number'}."
-    elif style == "claim":
-        work = f"This is {'not ' if verdict == 'incorrect' else ''}a multiple of {a}."
     else:
         work = divide(a, int(answer))
     return f"{work} {VERDICT_SENTENCE[verdict]}", verdict
 
 
-def hasty(problem: str, answer: str) -> bool:
-    """Whether stage 0 gets a claim in place of this confirmative check: three in four by 7 and above."""
-    return read(problem)[0] >= TEDIOUS and zlib.crc32(f"{problem} {answer}".encode()) % 4 > 0
-
-
 def write_verifications(rollouts: str, out: str, style: str) -> None:
-    """A verification file, of the distinct answers in a rollout file to each problem that was solved at least once."""
-    rows = []
-    for item in wanted(read_jsonl(rollouts)):
-        claims = style == "confirmative" and hasty(item.problem, item.answer)
-        rows.append(item.row(verify(item.problem, item.answer, "claim" if claims else style)[0]))
-    write_jsonl(out, rows)
+    """A check of each distinct answer in a rollout file, for the problems that were solved at least once."""
+    asked = wanted(read_jsonl(rollouts))
+    write_jsonl(out, (item.row(verify(item.problem, item.answer, style)[0]) for item in asked))
 
 
 @dataclass(frozen=True)
