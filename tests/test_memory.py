@@ -26,15 +26,16 @@ SMALL = ModelConfig(
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A random Llama of 29 million parameters, 8,192 tokens in its vocabulary, and data of some 240 tokens an example."""
+    """A random Llama of 29 million parameters with a vocabulary of 8,192, and data of some 240 tokens an example."""
     folder = tmp_path_factory.mktemp("memory")
     model = tiny_tokenizer(folder / "model")
     tokenizer = HfTokenizer.from_file(str(model / "tokenizer.json"))
     tokenizer.add_tokens([f"<extra {i}>" for i in range(8192 - tokenizer.get_vocab_size())])
     tokenizer.save(str(model / "tokenizer.json"))
     config = {
-        "model_type": "llama", "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8,
-        "num_attention_heads": 8, "num_key_value_heads": 4, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
+        "model_type": "llama", "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1536,
+        "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4, "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
     }  # fmt: skip
     (model / "config.json").write_text(json.dumps(config))
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
