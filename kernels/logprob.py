@@ -20,7 +20,7 @@ registers. The vocabulary is cut into a few splits, and a program of the forward
 
 after which a few torch operations on (splits, T) merge the cells: 2 MB at the sizes above. The backward goes through
 slabs of the vocabulary, all tokens × some entries. Its kernel writes one slab of dz, a program a tile, and two plain
-matmuls, which run at the speed of the chip, make of it those rows of dW, each written once, and a share of dh, summed
+matmuls, which run at the speed of the chip, make of it those rows of dW, each written once, and a part of dh, summed
 in fp32. Beyond dh and dW it holds one slab and one (T, D) in fp32: 250 MB at the sizes above and D = 3,584. There are
 no atomics, so two runs agree bit for bit.
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT
 from tokenizers import Tokenizer as HfTokenizer
 
 from s2r.data import write_jsonl
@@ -104,6 +105,17 @@ def test_what_a_run_does_without_is_not_counted():
     assert estimate(slots=0, ranks=8)["always"]["sampler"] == 0
     assert estimate(itemsize=4)["always"]["sampler"] == 0  # one process in fp32 samples from the weights themselves
     assert estimate(itemsize=4)["update"]["working copy"] == estimate(checkpointing=True)["update"]["working copy"] == 0
+
+
+def test_example_of_docs_scaling_is_what_the_formulas_give():
+    qwen = ModelConfig(152_064, 3584, 18_944, 28, 28, 4, 128, tied=False, qkv_bias=True)  # Qwen2.5-7B
+    parts = memory.estimate(qwen, ranks=8, itemsize=2, gpu=True, tokens=8192, checkpointing=True, offload=False,
+                            reference=True, slots=32, capacity=4296)  # fmt: skip
+    assert "= 45.9 GB at the peak, in the update; 36.4 GB" in memory.text(parts)
+    example = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8").partition("*Example: RL of Qwen2.5-7B")[2]
+    shown = re.findall(r"\| \*{0,2}(\d+\.\d)\*{0,2} \|\n", example.partition("The cache")[0])
+    sizes = [size / memory.GB for size in (parts["always"] | parts["update"]).values()]
+    assert shown == [f"{size:.1f}" for size in (*sizes, sum(sizes))]
 
 
 def test_report_takes_settings_and_lengths_from_the_script(monkeypatch):
