@@ -1,4 +1,4 @@
-"""The pages: their commands parse, those of docs/paper_runs.md run on a tiny model, links lead somewhere, counts are true."""
+"""The pages: commands parse, those of docs/paper_runs.md run on a tiny model, links and counts are true."""
 
 import contextlib
 import importlib
@@ -41,7 +41,7 @@ def commands(page: str) -> list[list[str]]:
         block = re.sub(r"\$\([^)]*\)", "SUBSTITUTED", block.replace("\\\n", " "))
         tokens = []
         for line in block.splitlines():
-            if re.match(r"\s*(for|do|done|[A-Z_]+=\S+ +python|python|torchrun)\b|.*python -m", line):
+            if re.match(r"\s*(for \w+ in|do|done|[A-Z_]+=\S+ +python|python|torchrun)\b|.*python -m", line):
                 lexer = shlex.shlex(line, posix=True, punctuation_chars=";&|<>")
                 lexer.whitespace_split = True
                 tokens += [*lexer, ";"]
@@ -75,7 +75,7 @@ def unrolled(tokens: list[str], values: dict[str, str]) -> list[list[str]]:
 
 
 def target(words: list[str]) -> tuple[str, list[str]]:
-    """The script or module that a command starts, and its arguments. Raises SystemExit for bad flags of torchrun."""
+    """The script or module that is started, and its arguments. Raises SystemExit for a bad torchrun flag."""
     if words[0] == "torchrun":
         launch = get_args_parser().parse_args([word for word in words[1:] if word != "…"])
         return launch.training_script, launch.training_script_args + ["…"] * words.count("…")
@@ -83,7 +83,10 @@ def target(words: list[str]) -> tuple[str, list[str]]:
 
 
 def module(name: str):
-    """The module of a script or `-m` name of ours; None for tests, kernels and other packages. Raises ValueError for none at all."""
+    """The module of a script or `-m` name of ours; None for one of tests/, kernels/ or another package.
+
+    Raises ValueError if there is no such script or module.
+    """
     script = name.endswith(".py")
     package = (ROOT / name).is_file() if script else importlib.util.find_spec(name)
     if not package:
@@ -96,7 +99,7 @@ def module(name: str):
 
 
 def filled(argv: list[str], config: type) -> list[str]:
-    """Arguments that `parse` can take: numbers for placeholders like N; after "…", what is required and not shown."""
+    """Arguments for `parse`: numbers for placeholders like N, and if there is a "…", what is required."""
     types, out = get_type_hints(config), [word for word in argv if word != "…"]
     for i, word in enumerate(out[1:], start=1):
         kind = types.get(out[i - 1].removeprefix("--").replace("-", "_"))
@@ -182,10 +185,14 @@ def test_commands_are_read_like_a_shell():
 
 
 @pytest.mark.parametrize(("command", "says"), [
-    ("python nowhere.py", "no such script"), ("python -m s2r.nowhere", "no such module"),
-    ("python sample.py --model D --date F", "--date"), ("python train_sft.py --model D --data F", "missing: --out"),
-    ("python train_rl.py --level both …", "invalid choice"), ("python sample.py --n many …", "invalid int"),
-    ("torchrun --procs 8 train_rl.py …", "--procs"), ("torchrun --nproc-per-node 8 train_rl.py --lrr 1 …", "--lrr"),
+    ("python nowhere.py", "no such script"),
+    ("python -m s2r.nowhere", "no such module"),
+    ("python sample.py --model D --date F", "--date"),
+    ("python train_sft.py --model D --data F", "missing: --out"),
+    ("python train_rl.py --level both …", "invalid choice"),
+    ("python sample.py --n many …", "invalid int"),
+    ("torchrun --procs 8 train_rl.py …", "--procs"),
+    ("torchrun --nproc-per-node 8 train_rl.py --lrr 1 …", "--lrr"),
 ])
 def test_fault_of_command_is_found(command, says):
     (words,) = commands(f"```\n{command}\n```")
@@ -203,22 +210,22 @@ def test_running_names_every_setting_that_may_change():
 
 def test_logging_explains_every_warning():
     page = (ROOT / "docs" / "logging.md").read_text()
-    worst = {"no_answer": 1, "finished": 0}
-    said = [sentence for say in (0, 1) for sentence in metrics.warnings(worst | {"say_correct": say}, [1, 1])]
-    assert len(set(said)) == 5 and not [sentence for sentence in said if f"| {sentence} |" not in page]
+    worst = [{"no_answer": 1, "finished": 0, "say_correct": said} for said in (0, 1)]
+    sentences = {sentence for step in worst for sentence in metrics.warnings(step, [1, 1])}
+    assert len(sentences) == 5 and not [sentence for sentence in sentences if f"| {sentence} |" not in page]
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """A folder with a model that often adds right, BASE, and problems under the names of docs/paper_runs.md."""
+    """A folder with the files that docs/paper_runs.md begins with; the model BASE is right about half the time."""
     folder = tmp_path_factory.mktemp("paper")
-    rows = [{"problem": f"{a}+{b}?", "answer": str(a + b), "solution": rf"\boxed{{{a + b}}}", "level": 1 + i % 2,
-             "unique_id": f"sum/{i}"} for i, (a, b) in enumerate(sums(16))]  # fmt: skip
+    pairs = sums(16)
+    rows = [{"problem": f"{a}+{b}?", "answer": str(a + b), "solution": rf"\boxed{{{a + b}}}"} for a, b in pairs]
     for name in "math_train math500 aime24 amc23 collegemath olympiadbench gsm8k_test gaokao2023en".split():
         write_jsonl(folder / f"{name}.jsonl", rows)
-    settings = {"batch_size": 8, "lr": 1e-2, "kl": 0.0, "device": "cpu"}
-    data, out = str(folder / "math_train.jsonl"), str(folder / "BASE")
-    train_sft.main(train_sft.Config(model=str(tiny_model(folder / "tiny")), data=data, out=out, epochs=10, **settings))
+    files = {"model": str(tiny_model(folder / "tiny")), "data": str(folder / "math_train.jsonl")}
+    settings = {"epochs": 10, "batch_size": 8, "lr": 1e-2, "kl": 0.0, "device": "cpu"}
+    train_sft.main(train_sft.Config(**files, out=str(folder / "BASE"), **settings))
     return folder
 
 
@@ -248,12 +255,13 @@ def test_commands_of_paper_runs_run_on_a_tiny_model(world, monkeypatch, capsys, 
             argv += SMALL.get(name, "").split() + ["--limit", "2"] * ("--report" in argv)
             script = module(name)
             script.main(parse(script.Config, argv))
-    assert capsys.readouterr().out.splitlines()[-1].startswith("RL-process-math500")  # of the last table
+    assert capsys.readouterr().out.splitlines()[-1].startswith("RL-process-math500")
     reports = {path.name for path in world.glob("*-*.json")}
     assert len(reports) == 6 * 7 and "OFFLINE-process-gaokao2023en.json" in reports
 
     page = (ROOT / "docs" / "logging.md").read_text()
-    explained = {key for cell in re.findall(r"^\| (`.*?) \|", page, re.MULTILINE) for key in re.findall(r"`(\w+)`", cell)}
+    first_cells = re.findall(r"^\| (`.*?) \|", page, re.MULTILINE)
+    explained = {key for cell in first_cells for key in re.findall(r"`(\w+)`", cell)}
     for log in ("BI/log.jsonl", "BI/eval.jsonl", "RL-process/log.jsonl", "OFFLINE-outcome/log.jsonl"):
         assert set(read_jsonl(world / log)[0]) <= explained
     assert read_jsonl(world / "OFFLINE-outcome" / "log.jsonl")[0]["kl"] == 0
