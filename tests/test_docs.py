@@ -217,10 +217,10 @@ def test_logging_explains_every_warning():
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """A folder with the files that docs/paper_runs.md begins with; the model BASE is right about half the time."""
+    """The files that docs/paper_runs.md begins with. The model BASE is right about half the time."""
     folder = tmp_path_factory.mktemp("paper")
-    pairs = sums(16)
-    rows = [{"problem": f"{a}+{b}?", "answer": str(a + b), "solution": rf"\boxed{{{a + b}}}"} for a, b in pairs]
+    pairs = [(f"{a}+{b}?", str(a + b)) for a, b in sums(16)]
+    rows = [{"problem": x, "answer": y, "solution": rf"\boxed{{{y}}}"} for x, y in pairs]
     for name in "math_train math500 aime24 amc23 collegemath olympiadbench gsm8k_test gaokao2023en".split():
         write_jsonl(folder / f"{name}.jsonl", rows)
     files = {"model": str(tiny_model(folder / "tiny")), "data": str(folder / "math_train.jsonl")}
