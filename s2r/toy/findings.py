@@ -19,13 +19,13 @@ COLUMNS = ("accuracy", "first_accuracy", "trials", "va", "va_right", "er", "cp",
 PAGE = """\
 # The paper's findings in the toy world
 
-Which of the paper's qualitative findings hold in the toy world of `python -m s2r.toy`? Every number is mean ± half the
-width of the 95 % interval over {seeds} seeds (t distribution). Each finding is a difference, positive in the paper. It
-holds if its interval lies above zero, fails if its interval lies below, and is undecided otherwise.
+Which of the paper's qualitative findings hold in the toy world? Every number is mean ± half the width of the
+95 % interval over {seeds} seeds (t distribution). Each finding is a difference, positive in the paper. It holds
+if its interval lies above zero, fails if its interval lies below, and is undecided otherwise.
 This toy world is being replaced: its candidates stand in the prompt, so correcting is elimination.
 
-The paper's numbers are those of Qwen2.5-Math-7B on MATH500. Fractions are in per cent; `s2r/metrics.py` explains the
-columns. Made by `python -m s2r.toy.findings --seeds {seeds}`, commit {commit}.
+The paper's numbers are those of Qwen2.5-Math-7B on MATH500. Fractions are in per cent; `s2r/metrics.py`
+explains the columns. Made by `python -m s2r.toy.findings --seeds {seeds}`, commit {commit}.
 
 {findings}
 
