@@ -23,17 +23,17 @@ says "correct", i one that says "incorrect". A verify is about the last solve be
 
 so that  accuracy = first_accuracy·(1 − cir) + (1 − first_accuracy)·icr.  A fraction of nothing is None.
 
-`summarize` computes these and: `responses`, their number; `finished`, the fraction that ended in a stop
-token; `tokens`, sampled per response; `no_answer`, the fraction whose last solve has no \\boxed answer;
-`no_verdict`, the fraction of verifies without a readable verdict; `by_level`, accuracy and trials per
-difficulty; `va_by_trial`, `va` of all first verifies, of all second ones, and so on. `at_k` computes the
-`standard_error` of accuracy over problems and, for n > 1 responses per problem and k = 1, 2, 4, … and n,
-`pass_at_k` (is one of k responses right? estimated from all n, arXiv 2107.03374) and `maj_at_k` (is the most
-frequent answer of the first k right?). `warnings` says when a training step has nothing to learn from.
+`summarize` computes these and: `responses`, their number; `finished`, the fraction that ended in a stop token;
+`tokens`, sampled per response; `no_answer`, the fraction whose last solve has no \\boxed answer; `no_verdict`, the
+fraction of verifies without a readable verdict; `by_level`, accuracy and trials per difficulty; `va_by_trial`, `va`
+of all first verifies, of all second ones, and so on. `at_k` computes the `standard_error` of accuracy over problems
+and, for n > 1 responses per problem and k = 1, 2, 4, … and n, `pass_at_k` (is one of k responses right? estimated
+from all n, arXiv 2107.03374) and `maj_at_k` (is the most frequent answer of the first k right?).
 Called by `sample.py` and `train_rl.py`.
 """
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from math import comb
 from statistics import stdev
 
@@ -59,14 +59,13 @@ def summarize(trajectories: Sequence) -> dict:
     verifies = [[action for action in t.actions if action.kind == "verify"] for t in trajectories]
     assert all(solve.correct is not None for row in solves for solve in row), "judge the actions first"
     first, last = ([bool(row and row[i].correct) for row in solves] for i in (0, -1))
-    trials, levels, by_level = [len(row) for row in solves], [t.problem.level for t in trajectories], {}
-    for level in sorted(set(levels) - {None}):
-        rows = [i for i, other in enumerate(levels) if other == level]
-        right, tried = _mean([last[i] for i in rows]), _mean([trials[i] for i in rows])
-        by_level[str(level)] = {"accuracy": right, "trials": tried, "responses": len(rows)}
+    by_level, trials = {}, [len(row) for row in solves]
+    for level in sorted({t.problem.level for t in trajectories} - {None}):
+        at = [i for i, t in enumerate(trajectories) if t.problem.level == level]
+        right, tried = _mean([last[i] for i in at]), _mean([trials[i] for i in at])
+        by_level[str(level)] = {"accuracy": right, "trials": tried, "responses": len(at)}
     every = [verify for row in verifies for verify in row]
-    most = max(map(len, verifies), default=0)
-    by_trial = [[row[i] for row in verifies if len(row) > i] for i in range(most)]
+    by_trial = enumerate(zip_longest(*verifies), start=1)  # (1, all first verifies), (2, all second ones), …
     return {
         "accuracy": _mean(last),
         "first_accuracy": _mean(first),
@@ -74,7 +73,7 @@ def summarize(trajectories: Sequence) -> dict:
         "va": _true(every),
         "er": _true([verify for verify in every if verify.truth == "incorrect"]),
         "va_right": _true([verify for verify in every if verify.truth == "correct"]),
-        "va_by_trial": {str(number): _true(row) for number, row in enumerate(by_trial, start=1)},
+        "va_by_trial": {str(number): _true(list(filter(None, column))) for number, column in by_trial},
         "cp": _true([verify for verify in every if verify.verdict == "correct" and verify.truth]),
         "icr": _mean([end for start, end in zip(first, last) if not start]),
         "cir": _mean([not end for start, end in zip(first, last) if start]),
@@ -101,9 +100,8 @@ def at_k(trajectories: Sequence) -> dict:
     found = {"standard_error": stdev(accuracy) / len(accuracy) ** 0.5 if len(accuracy) > 1 else None}
     if n > 1:
         ks = sorted({2**i for i in range(n.bit_length())} | {n})
-        passed = {str(k): _mean([1 - comb(n - count, k) / comb(n, k) for count in right]) for k in ks}
-        agreed = {str(k): _mean([bool((s := majority(row[:k])) and s.correct) for row in last]) for k in ks}
-        found |= {"pass_at_k": passed, "maj_at_k": agreed}
+        found["pass_at_k"] = {str(k): _mean([1 - comb(n - count, k) / comb(n, k) for count in right]) for k in ks}
+        found["maj_at_k"] = {str(k): _mean([bool((s := majority(row[:k])) and s.correct) for row in last]) for k in ks}
     return found
 
 
@@ -112,22 +110,16 @@ def majority(solves: Sequence):
 
     An entry may be None, for a response without a solve. None comes back if no solve has an answer.
     """
-    groups: list[list] = []
+    groups: dict[str, list] = {}  # answer -> the solves that give it
     for solve in solves:
-        if solve is None or solve.answer is None:
-            continue
-        group = next((g for g in groups if equivalent(solve.answer, g[0].answer)), None)
-        if group is None:
-            groups.append(group := [])
-        group.append(solve)
-    return max(groups, key=len)[0] if groups else None
+        if solve is not None and solve.answer is not None:
+            same = (answer for answer in groups if equivalent(solve.answer, answer))
+            groups.setdefault(next(same, solve.answer), []).append(solve)
+    return max(groups.values(), key=len)[0] if groups else None
 
 
 def warnings(metrics: dict, rewards: Sequence[float]) -> list[str]:
-    """Why a training step has nothing to learn from, a sentence for each reason; usually none.
-
-    `metrics` are what `summarize` returned, `rewards` the reward of each trajectory of the step.
-    """
+    """Why a training step with these `metrics`, of `summarize`, and rewards of its trajectories teaches nothing."""
     said = 0.5 if metrics["say_correct"] is None else metrics["say_correct"]  # no verdicts, no warning
     reasons = {
         "all rewards are equal: no response is better than another": len(set(rewards)) == 1,

@@ -128,16 +128,17 @@ def test_build_takes_another_right_sample_where_one_has_no_true_verification():
         assert kinds(steps) == [True, "correct"] and steps[0]["text"] == samples[2]["text"]
 
 
-@pytest.mark.parametrize("verification, solution, why", [
-    (f"4*34=136. {RIGHT}", "x" * 99, None),
-    (f"4*34=136. {RIGHT}", "x" * 20, "longer than the solution"),
-    (f"4*34=136. {RIGHT}", None, None),  # no limit
-    (rf"136/4=\boxed{{34}}. {RIGHT}", "x" * 99, None),
-    (f"4*34=136. {RIGHT} Or is it?", "x" * 99, "does not match the truth"),
+@pytest.mark.parametrize("verification, padding, short, why", [
+    (f"4*34=136. {RIGHT}", 99, True, None),
+    (f"4*34=136. {RIGHT}", 0, True, "longer than the solution"),
+    (f"4*34=136. {RIGHT}", 0, False, None),  # no limit
+    (rf"136/4=\boxed{{34}}. {RIGHT}", 99, True, None),
+    (f"4*34=136. {RIGHT} Or is it?", 99, True, "its verdict does not match the truth, or there is none"),
 ])  # fmt: skip
-def test_why_dropped_names_the_rule_that_a_verification_breaks(verification, solution, why):
-    found = stage0.why_dropped(verification, "correct", solution)
-    assert found is None if why is None else why in found
+def test_build_counts_the_rule_that_a_verification_breaks(verification, padding, short, why):
+    steps, counts = build("34", text="x" * padding + r"\boxed{34}", checks=[("34", verification)], short=short)
+    assert (steps is None) == (why is not None)
+    assert {name for name in +counts if name.startswith("verification")} == ({f"verification: {why}"} if why else set())
 
 
 @pytest.mark.parametrize(

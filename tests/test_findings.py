@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import s2r  # noqa: F401
-from s2r.data import write_jsonl
+from s2r.data import read_jsonl, write_jsonl
 from s2r.toy import findings
 from s2r.toy.__main__ import PLAN, stages
 
@@ -25,27 +25,32 @@ def test_value_harder_and_bias_by_hand():
     assert findings.value(BASE, "bias") == pytest.approx(20)
 
 
-@pytest.mark.parametrize("differences, middle, half, holds", [
-    ([4.0, 4.0, 7.0], 5.0, 4.303, "holds"),
-    ([-4.0, -4.0, -7.0], -5.0, 4.303, "fails"),
-    ([3.0, 3.0, 6.0], 4.0, 4.303, "undecided"),  # four standard errors above zero: not enough for three seeds
-])
-def test_verdict_by_hand(differences, middle, half, holds):
-    found = findings.verdict(differences)
-    assert found == (pytest.approx(middle), pytest.approx(half, abs=1e-3), holds)
-
-
 def names() -> list[str]:
     """Of the reports that the stages make."""
     made = [makes for makes, _, _ in (*PLAN, *findings.ABLATIONS)]
     return [output.removesuffix(".json") for output in made if output.endswith(".json")]
 
 
-def test_every_finding_finds_its_reports_among_the_stages():
-    one, two = ({name: BASE | {"accuracy": x, "va": x if name != "base" else None} for name in names()}
-                for x in (0.4, 0.6))
-    assert findings.report([one, two]).count("\n") == 1 + len(findings.FINDINGS)
-    assert "| base | 50.0 ± 127.1 |" in findings.models([one, two])
+@pytest.mark.parametrize("differences, shown", [  # per cent, one per seed
+    ([4, 4, 7], "+5.00 ± 4.30 | holds |"),
+    ([-4, -4, -7], "-5.00 ± 4.30 | fails |"),
+    ([3, 3, 6], "+4.00 ± 4.30 | undecided |"),  # four standard errors above zero: not enough for three seeds
+])
+def test_page_judges_a_difference_by_its_interval(differences, shown):
+    seeds = [{name: BASE | {"accuracy": 0.5} for name in names()} for _ in differences]
+    for reports, difference in zip(seeds, differences):
+        reports["sft"] = BASE | {"accuracy": 0.5 + difference / 100}
+    assert f"| SFT beats the base: accuracy | 51.0 → 81.6 | {shown}\n" in findings.page(seeds, "abc")
+
+
+def test_page_finds_every_report_among_the_stages():
+    seeds = [{name: BASE | {"accuracy": x, "va": x if name != "base" else None} for name in names()}
+             for x in (0.4, 0.6)]
+    text = findings.page(seeds, "abc")
+    assert "over 2 seeds" in text and "--seeds 2`, commit abc." in text
+    assert "\n| base | 50.0 ± 127.1 | 50.0 ± 0.0 | 1.50 ± 0.00 | – | 90.0" in text
+    tables = [line for line in text.splitlines() if line.startswith("| ")]
+    assert len(tables) == 2 + len(findings.FINDINGS) + len(names())
 
 
 def test_ablations_make_what_later_stages_need():
@@ -55,9 +60,7 @@ def test_ablations_make_what_later_stages_need():
         known.add(stage.makes)
 
 
-def test_main_writes_table_and_figure_of_what_the_stages_left(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
-
+def test_main_writes_a_page_of_what_the_stages_left(tmp_path, monkeypatch, capsys):
     def make(stages):  # what the commands would leave behind
         for stage in stages:
             path = tmp_path / stage.makes
@@ -66,20 +69,17 @@ def test_main_writes_table_and_figure_of_what_the_stages_left(tmp_path, monkeypa
                 path.write_text(json.dumps(BASE | {"accuracy": 0.5 + 0.01 * int(stage.makes.split("seed-")[1][0])}))
             elif path.name == "trajectories.jsonl":
                 write_jsonl(path, ({"row": i} for i in range(300)))
-            elif path.name.startswith("rl-"):
+            elif path.name == "sft":
                 path.mkdir()
-                (path / "log.jsonl").write_text('{"reward": 0.5}\n{"reward": 0.75}\n')
+                (path / "run.json").write_text('{"commit": "0123456789abcdef"}')
 
     monkeypatch.setattr(findings, "make", make)
     monkeypatch.chdir(tmp_path)
-    findings.main(findings.Config(seeds=2, out="out/findings"))
-    table = Path("out/findings.md").read_text()
-    assert "| base | 50.5 ± 6.4 |" in table and table.strip().endswith("|")
-    assert table.partition("commit")[2].partition("\n")[2].strip() in capsys.readouterr().out
-    assert Path("out/findings.svg").read_text().count("</svg>") == 1
-    for size, rows in zip(findings.SIZES, (50, 100, 200, 300), strict=True):
-        text = Path(f"runs/findings/seed-1/trajectories-{size}.jsonl").read_text()
-        assert text.count("\n") == rows
+    findings.main(findings.Config(seeds=2, out="out/findings.md"))
+    text = Path("out/findings.md").read_text()
+    assert "| base | 50.5 ± 6.4 |" in text and "commit 0123456." in text
+    assert text in capsys.readouterr().out
+    assert read_jsonl("runs/findings/seed-1/trajectories-50.jsonl") == [{"row": i} for i in range(50)]
 
 
 def test_main_refuses_one_seed():

@@ -46,7 +46,8 @@ def test_page_holds_every_action_with_reward_advantage_and_tokens(tokenizer):
     first, second = found["rows"]
     assert [a["reward"] for a in first["actions"]] == [-1, 1, 1, 1]
     assert [a["advantage"] for a in first["actions"]] == [-1, 0, 0, 0]  # the mean of −1 and 1, then alone in its context
-    assert [a["read"] for a in second["actions"]] == ["7", "correct"] and second["labels"] == []
+    assert second["actions"][0]["answer"] == "7" and second["actions"][1]["verdict"] == "correct"
+    assert second["labels"] == []
     for trajectory, row in zip(group, found["rows"]):
         pieces = [token for action in row["actions"] for token in action["tokens"]]
         assert "".join(text for text, _ in pieces) == trajectory.text.removesuffix("<|im_end|>") and len(pieces) == len(trajectory.ids)
@@ -62,7 +63,7 @@ def test_page_keeps_model_text_from_becoming_markup(tokenizer):
     html = page([hostile], rl.online_credit([hostile], "process", 1), tokenizer, trouble)
     assert html.count("</script>") == 2 and "<img" not in html and "<!--" not in html
     row = content(html)["rows"][0]
-    assert row["problem"] == row["actions"][0]["read"] == trouble
+    assert row["problem"] == row["actions"][0]["answer"] == trouble
     assert "".join(text for text, _ in row["actions"][0]["tokens"]) == trouble
 
 

@@ -68,10 +68,10 @@ def test_verify_agrees_with_the_gold_answer_and_its_steps_are_true():
 
 
 def test_write_problems_makes_files_that_load_and_do_not_overlap(tmp_path):
-    world.write_problems(tmp_path, train=400, test=200, longer=50, seed=1)
-    train, test, longer = (load_problems(tmp_path / f"{name}.jsonl") for name in ("train", "test", "longer"))
-    assert (len(train), len(test), len(longer)) == (400, 200, 50)
-    assert all(len(p.answer) == world.DIGITS + (p in longer) for p in train + test + longer)
+    world.write_problems(tmp_path, train=400, test=200, seed=1)
+    train, test = (load_problems(tmp_path / f"{name}.jsonl") for name in ("train", "test"))
+    assert (len(train), len(test)) == (400, 200)
+    assert all(int(p.answer) in world.NUMBERS for p in train + test)
     assert len({p.problem for p in train + test}) == 600
     assert {p.level for p in test} == set(world.LEVELS)
     for problems, held_out in ((train, False), (test, True)):
@@ -84,7 +84,7 @@ def test_write_problems_makes_files_that_load_and_do_not_overlap(tmp_path):
 
 
 @pytest.mark.parametrize("style", ("confirmative", "solving"))
-def test_write_verifications_checks_the_distinct_answers_to_solved_problems(tmp_path, style):
+def test_command_checks_the_distinct_answers_to_solved_problems(tmp_path, style):
     other = PROBLEM.replace("3024", "3031")
     samples = [(PROBLEM, "3024", said) for said in ("3024", "4315", "4315", "99")]
     samples += [(other, "3031", said) for said in ("2886", "4315")]  # never solved
@@ -92,7 +92,8 @@ def test_write_verifications_checks_the_distinct_answers_to_solved_problems(tmp_
         {"unique_id": f"toy/{gold}", "problem": problem, "answer": gold, "finished": True,
          "text": rf"It is \boxed{{{said}}}."}
         for problem, gold, said in samples])
-    world.write_verifications(tmp_path / "rollouts.jsonl", tmp_path / "checks.jsonl", style)
+    files = {"rollouts": str(tmp_path / "rollouts.jsonl"), "out": str(tmp_path / "checks.jsonl")}
+    world.main(world.Config(**files, style=style))
     rows = read_jsonl(tmp_path / "checks.jsonl")
     assert [row["answer"] for row in rows] == ["3024", "4315", "99"]
     for row in rows:
@@ -114,7 +115,7 @@ def numbers(text: str) -> tuple[int, list[int]]:
 
 def test_write_problems_repeats_with_its_seed(tmp_path):
     for folder in ("one", "two"):
-        world.write_problems(tmp_path / folder, train=50, test=50, longer=0, seed=2)
+        world.write_problems(tmp_path / folder, train=50, test=50, seed=2)
     for name in ("train.jsonl", "test.jsonl"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
@@ -142,9 +143,8 @@ def test_documents_try_the_numbers_named_and_end_in_the_right_one():
 
 
 def test_train_tokenizer_repeats_and_is_that_of_the_base_model(tmp_path):
-    pretrain.train_tokenizer(tmp_path)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        assert (tmp_path / name).read_bytes() == (BASE / name).read_bytes()
+    pretrain.train_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    assert (tmp_path / "tokenizer.json").read_bytes() == (BASE / "tokenizer.json").read_bytes()
 
 
 def test_tokenizer_gives_digits_and_words_a_token_each():
@@ -208,6 +208,8 @@ def test_pretrain_makes_a_folder_that_loads_and_repeats(tmp_path):
     for p, q in zip(first.parameters(), second.parameters()):
         assert torch.equal(p, q) and p.isfinite().all()
     assert Tokenizer.from_pretrained(tmp_path / "one").stop_ids == {first.config.hf["eos_token_id"]}
+    for file in BASE.glob("*.json"):
+        assert (tmp_path / "one" / file.name).read_bytes() == file.read_bytes()
 
 
 def test_stages_make_what_later_stages_need():

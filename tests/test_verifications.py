@@ -11,7 +11,7 @@ import pytest
 from s2r.data import load_trajectories, read_jsonl, write_jsonl
 from s2r.grammar import VERDICT_SENTENCE, VERIFY_OPENING
 from s2r.stage0 import build
-from s2r.stage0.verifications import Config, Wanted, as_self_check, endpoint, main, wanted
+from s2r.stage0.verifications import CHECK, REWORD, STYLES, Config, as_self_check, endpoint, main, wanted
 from tiny_model import tiny_model
 
 
@@ -29,17 +29,16 @@ def test_wanted_are_the_distinct_answers_of_problems_with_a_right_one():
     hard = {"unique_id": "hard", "problem": "?", "answer": "7", "finished": True}
     rows = rollouts(2) + [hard | {"text": r"\boxed{8}"}, hard | {"text": "no idea"}]
     rows += [hard | {"text": r"\boxed{7}", "finished": False}]  # cannot serve as a solve, so nobody pays for its check
-    assert [(item.unique_id, item.answer) for item in wanted(rows)] == [
-        ("sum/0", "1"), ("sum/0", "2"), ("sum/1", "2"), ("sum/1", "3")]  # fmt: skip
+    assert wanted(rows) == [{"unique_id": f"sum/{i}", "problem": f"{i}+1?", "answer": answer}
+                            for i, answer in ((0, "1"), (0, "2"), (1, "2"), (1, "3"))]  # fmt: skip
 
 
 def test_questions_hold_problem_answer_style_and_the_three_sentences():
-    item = Wanted("p", "What is 2+2?", "5")
-    confirm, solve = item.question("confirmative"), item.question("solving")
+    row = {"problem": "What is 2+2?", "answer": "5"}
+    confirm, solve = (CHECK.format(style=style, **row) for style in STYLES.values())
     assert all("What is 2+2?" in text and "5" in text for text in (confirm, solve)) and confirm != solve
-    reworded = item.rewording("2+2 is 4, not 5.")
-    assert "2+2 is 4, not 5." in reworded and all(s in reworded for s in VERDICT_SENTENCE.values())
-    assert Wanted("p", "Let {x} be \\frac{1}{2}.", "{1}").question("solving")  # braces are not placeholders
+    reworded = REWORD.format(check="2+2 is 4, not {5}.", **row)  # its braces are no placeholder
+    assert "2+2 is 4, not {5}." in reworded and all(s in reworded for s in VERDICT_SENTENCE.values())
 
 
 @pytest.mark.parametrize("reply, text", [
@@ -102,8 +101,8 @@ class Server:
 
 def run(server: Server, rows: list[dict], **change) -> dict[tuple[str, str], str]:
     cfg = Config("r.jsonl", "v.jsonl", api_base=server.base, api_model="some-model")
-    verify = endpoint(cfg, **{"key": None, "pause": 0.01, "timeout": 0.5} | change)
-    return {(item.unique_id, item.answer): text for item, text in verify(wanted(rows))}
+    verified = endpoint(cfg, wanted(rows), **{"key": None, "pause": 0.01, "timeout": 0.5} | change)
+    return {(row["unique_id"], row["answer"]): text for row, text in verified}
 
 
 def test_endpoint_verifies_every_answer_with_two_questions():

@@ -6,9 +6,8 @@
 
     python -m s2r.stage0.build --rollouts ROLLOUTS.jsonl --verifications V.jsonl --out TRAJECTORIES.jsonl
 
-K is the number of samples per problem (paper: 5), k the number of trials (solves) in its trajectory, 1 to 4.
-Every solve is a sample of the base model, from the rollout file of `sample.py --n 5 --temperature 0.7`. The checks
-come from a verification file: of `python -m s2r.stage0.verifications`, or your own. Prints how much was dropped.
+K is the number of samples per problem (paper: 5), k the number of trials (solves) in its trajectory, 1 to 4. Every
+solve is a sample of the base model. The checks come from `s2r.stage0.verifications`, or are your own.
 """
 
 import math
@@ -39,8 +38,8 @@ def read_rollouts(path: str) -> list[dict]:
     rows = read_jsonl(path)
     for number, row in enumerate(rows, start=1):
         if missing := {"unique_id", "problem", "answer", "finished", "text"} - set(row):
-            have = f"not a rollout, it has no {min(missing)!r}"
-            raise ValueError(f"{path}: row {number}: {have}; give a file that sample.py --out wrote")
+            what = f"not a rollout, it has no {min(missing)!r}; give a file that sample.py --out wrote"
+            raise ValueError(f"{path}: row {number}: {what}")
     return rows
 
 
@@ -50,10 +49,8 @@ def load_verifications(path: str) -> dict[str, list[tuple[str, str]]]:
     for number, row in enumerate(read_jsonl(path), start=1):
         texts = [row.get(name) for name in ("problem", "answer", "verification")]
         if not all(isinstance(text, str) for text in texts):
-            raise ValueError(
-                f'{path}: row {number}: "problem", "answer" and "verification" have to be strings, '
-                f"keys are {', '.join(row) or 'none'}"
-            )
+            what = f'"problem", "answer" and "verification" have to be strings, keys are {", ".join(row) or "none"}'
+            raise ValueError(f"{path}: row {number}: {what}")
         problem, answer, verification = texts
         found[problem].append((answer, verification))
     return dict(found)
@@ -90,25 +87,13 @@ def trials_wanted(wrong: int, samples: int) -> int:
     return (1, 2, 3, 3, 4, 4)[math.ceil(5 * wrong / samples)]
 
 
-def why_dropped(verification: str, truth: str, solution: str | None = None) -> str | None:
-    """Why a verification is dropped, None if it is kept; `truth` is the true verdict.
-
-    If `solution` is given, the verification may not be longer than it. The paper filters by verdict alone.
-    """
-    if parse_verdict(verification) != truth:
-        return "its verdict does not match the truth, or there is none"
-    if solution is not None and len(verification) > len(solution):
-        return "longer than the solution"
-    return None
-
-
 def build(
     samples: Sequence[dict], checks: Sequence[tuple[str, str]], rng: random.Random, counts: Counter, short: bool
 ) -> list[dict] | None:
     """The trajectory of one problem as the steps of a trajectory file, None if there is none.
 
-    `samples` are the problem's rows of the rollout file, `checks` its (answer, verification) pairs; `short` drops
-    checks longer than the solution they check. Adds to `counts` what was dropped, by reason.
+    `samples` are the problem's rows of the rollout file, `checks` its (answer, verification) pairs. `short` drops
+    checks longer than their solution (the paper filters by verdict alone). `counts` gets what was dropped, by reason.
     """
     gold = samples[0]["answer"]
     usable = [(row["text"], answer) for row in samples if (answer := usable_answer(row)) is not None]
@@ -127,13 +112,16 @@ def build(
     def trial(text: str, answer: str, truth: str) -> list[dict] | None:
         """The solve and the first true verification of its answer, as steps; None if there is none."""
         found = [verification for other, verification in checks if equivalent(other, answer)]
-        reasons = [why_dropped(verification, truth, text if short else None) for verification in found]
-        counts.update(f"verification: {reason}" for reason in reasons or ["none of this answer"] if reason)
-        if None not in reasons:
+        true = [verification for verification in found if parse_verdict(verification) == truth]
+        kept = [verification for verification in true if not short or len(verification) <= len(text)]
+        counts["verification: none of this answer"] += not found
+        counts["verification: its verdict does not match the truth, or there is none"] += len(found) - len(true)
+        counts["verification: longer than the solution"] += len(true) - len(kept)
+        if not kept:
             return None
         return [
             {"kind": "solve", "text": text.strip(), "correct": truth == "correct"},
-            {"kind": "verify", "text": found[reasons.index(None)], "verdict": truth},
+            {"kind": "verify", "text": kept[0], "verdict": truth},
         ]
 
     failed = [steps for attempt in wrong if (steps := trial(*attempt, "incorrect"))]
@@ -149,9 +137,7 @@ def build(
     return sum(failed[: k - 1], []) + final
 
 
-def trajectories(
-    rows: Sequence[dict], verifications: dict[str, list[tuple[str, str]]], cfg: Config
-) -> tuple[list[dict], Counter]:
+def trajectories(rows: Sequence[dict], verifications: dict[str, list], cfg: Config) -> tuple[list[dict], Counter]:
     """Rows of a trajectory file, at most one per problem, and what was read, dropped and kept, by reason.
 
     `rows` are those of a rollout file, `verifications` what `load_verifications` returns.
@@ -170,7 +156,7 @@ def trajectories(
             examples.append(problem | {"trajectory": steps})
         else:
             counts[f"problem: dropped to balance the classes, k = {k}"] += 1
-    return examples, counts
+    return examples, +counts  # without zeros
 
 
 def main(cfg: Config) -> None:

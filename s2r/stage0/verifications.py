@@ -12,8 +12,7 @@ the check in the words of somebody rereading their own work, with the verdict as
 be untrue here: `s2r.stage0.build` drops those.
 
 A verification file has one JSON object per line, {"unique_id", "problem", "answer", "verification"}. You can
-also write one yourself. Each verification is saved at once, and the same command resumes an aborted run. The key
-of an endpoint is read from the environment variable named by --api-key-variable.
+also write one yourself. Each verification is saved at once, and the same command resumes an aborted run.
 """
 
 import json
@@ -22,9 +21,9 @@ import random
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import Literal
@@ -57,69 +56,47 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU, for --model
 
 
+Verified = Iterator[tuple[dict, str]]  # rows of `wanted`, each with its verification, in any order; some get none
 AT_ONCE = 16  # answers that an endpoint verifies in parallel
 STYLES = {
-    "confirmative": (
-        "Check whether the proposed answer is right. Do not solve the problem from the beginning. Put the answer "
-        "to the test instead: substitute it back into the problem, work backwards from it, or look at its units, "
-        "its size and the conditions that it has to meet."
-    ),
-    "solving": (
-        "Check whether the proposed answer is right. Solve the problem step by step on your own, then compare "
-        "your result with the proposed answer."
-    ),
+    "confirmative": "Do not solve the problem from the beginning. Put the answer to the test instead: substitute it "
+    "back into the problem, work backwards from it, or look at its units, its size and the conditions that it has to "
+    "meet.",
+    "solving": "Solve the problem step by step on your own, then compare your result with the proposed answer.",
 }
-CHECK = """{style} Say at the end whether the answer is correct, incorrect, or cannot be verified.
+CHECK = """\
+Check whether the proposed answer is right. {style}
+Say at the end whether the answer is correct, incorrect, or cannot be verified.
 
 Problem: {problem}
 
 Proposed answer: {answer}"""
-REWORD = """\
+SENTENCES = "\n".join(VERDICT_SENTENCE.values())
+REWORD = f"""\
 Here is a check of an answer to a problem. Rewrite it as the thoughts of the person who gave the answer and now
 rereads their own work, in the first person, keeping every step of the calculation and adding none. Leave out any
 greeting or heading. The last sentence has to be exactly one of these three:
-{sentences}
+{SENTENCES}
 
-Problem: {problem}
+Problem: {{problem}}
 
-Answer: {answer}
+Answer: {{answer}}
 
-Check: {check}"""
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """One answer of the model to one problem, which is to be verified."""
-
-    unique_id: str
-    problem: str
-    answer: str
-
-    def question(self, style: str) -> str:
-        return CHECK.format(style=STYLES[style], problem=self.problem, answer=self.answer)
-
-    def rewording(self, check: str) -> str:
-        sentences = "\n".join(VERDICT_SENTENCE.values())
-        return REWORD.format(sentences=sentences, problem=self.problem, answer=self.answer, check=check)
-
-    def row(self, verification: str) -> dict:
-        return asdict(self) | {"verification": verification}
+Check: {{check}}"""
 
 
-Verifier = Callable[[Sequence[Wanted]], Iterator[tuple[Wanted, str]]]
-"""Yields each answer with its verification, in any order; some answers may get none."""
-
-
-def wanted(rows: Sequence[dict]) -> list[Wanted]:
+def wanted(rows: Sequence[dict]) -> list[dict]:
     """What has to be verified: the distinct usable answers to each problem that has a right one among them.
 
-    The other problems and answers give no trajectory. `rows` are those of a rollout file.
+    The other problems and answers give no trajectory. Takes the rows of a rollout file and returns those of a
+    verification file, still without the verification.
     """
     found = []
     for unique_id, samples in by_problem(rows).items():
         answers = [answer for row in samples if (answer := usable_answer(row)) is not None]
         if any(equivalent(answer, samples[0]["answer"]) for answer in answers):
-            found += [Wanted(unique_id, samples[0]["problem"], answers[i]) for i in distinct(answers)]
+            row = {"unique_id": unique_id, "problem": samples[0]["problem"]}
+            found += [row | {"answer": answers[i]} for i in distinct(answers)]
     return found
 
 
@@ -132,38 +109,28 @@ def as_self_check(reply: str) -> str:
     return text if cut(f"{VERIFY_OPENING} {text}".encode()) == [(0, "verify")] else " ".join(text.split())
 
 
-# ---- who verifies ----
-
-
-def local_model(cfg: Config) -> Verifier:
+def local_model(cfg: Config, todo: Sequence[dict]) -> Verified:
     """A Hugging Face folder, through our own sampler. Raises ValueError as `pick` and `load` do."""
     model, tokenizer = load(cfg.model, *pick(cfg.device, cfg.dtype))
+    sampling = {"temperature": cfg.temperature, "max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed}
 
     def replies(questions: Sequence[str], step: int) -> Iterator[tuple[int, str]]:
         """(index, reply) of each question that leaves room in the context; a random stream per `step`."""
         prompts = [tokenizer.chat([{"role": "user", "content": question}]) for question in questions]
         fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < model.config.max_positions]
-        sampling = {"temperature": cfg.temperature, "max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed}
-        rollouts = generate(
-            model, [prompts[i] for i in fitting], stop_ids=tokenizer.stop_ids, step=step, **sampling
-        )
-        for i, rollout in zip(fitting, rollouts):
+        asked = [prompts[i] for i in fitting]
+        for i, rollout in zip(fitting, generate(model, asked, stop_ids=tokenizer.stop_ids, step=step, **sampling)):
             yield i, tokenizer.decode(rollout.ids[:-1] if rollout.finished else rollout.ids)
 
-    def verify(todo: Sequence[Wanted]) -> Iterator[tuple[Wanted, str]]:
-        for first in range(0, len(todo), cfg.batch):
-            part = todo[first : first + cfg.batch]
-            questions = [item.question(cfg.style) for item in part]
-            checked = [(part[i], text) for i, text in replies(questions, 2 * first)]
-            for i, text in replies([item.rewording(text) for item, text in checked], 2 * first + 1):
-                yield checked[i][0], text
-
-    return verify
+    for first in range(0, len(todo), cfg.batch):
+        part = todo[first : first + cfg.batch]
+        questions = [CHECK.format(style=STYLES[cfg.style], **row) for row in part]
+        checked = [(part[i], text) for i, text in replies(questions, 2 * first)]
+        for i, text in replies([REWORD.format(check=text, **row) for row, text in checked], 2 * first + 1):
+            yield checked[i][0], text
 
 
-def endpoint(
-    cfg: Config, key: str | None, *, timeout: float = 120.0, retries: int = 6, pause: float = 1.0
-) -> Verifier:
+def endpoint(cfg: Config, todo: Sequence[dict], key: str | None, *, timeout=120.0, retries=6, pause=1.0) -> Verified:
     """An OpenAI-compatible endpoint, AT_ONCE answers at a time; `timeout` and `pause` in seconds.
 
     A failure that may pass (no connection, time-out, status 408, 409, 429 or 5xx, malformed reply) is retried up
@@ -193,24 +160,18 @@ def endpoint(
                 pass
         return None
 
-    def verification(item: Wanted) -> str | None:
-        text = reply(item.question(cfg.style))
-        return text and reply(item.rewording(text))
+    def verification(row: dict) -> str | None:
+        text = reply(CHECK.format(style=STYLES[cfg.style], **row))
+        return text and reply(REWORD.format(check=text, **row))
 
-    def verify(todo: Sequence[Wanted]) -> Iterator[tuple[Wanted, str]]:
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            futures = {pool.submit(verification, item): item for item in todo}
-            try:
-                for future in as_completed(futures):
-                    if text := future.result():
-                        yield futures[future], text
-            finally:
-                pool.shutdown(cancel_futures=True)
-
-    return verify
-
-
-# ---- the run ----
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        futures = {pool.submit(verification, row): row for row in todo}
+        try:
+            for future in as_completed(futures):
+                if text := future.result():
+                    yield futures[future], text
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def main(cfg: Config) -> None:
@@ -218,24 +179,23 @@ def main(cfg: Config) -> None:
     if bool(cfg.model) == bool(cfg.api_base) or bool(cfg.api_base) != bool(cfg.api_model):
         raise ValueError("give --model, or --api-base with --api-model")
     check_output(cfg.out)
-    asked, out = wanted(read_rollouts(cfg.rollouts)), Path(cfg.out)
+    rows, out = wanted(read_rollouts(cfg.rollouts)), Path(cfg.out)
     before = load_verifications(cfg.out) if out.exists() and drop_torn_line(out) else {}
-    todo = [item for item in asked if item.answer not in dict(before.get(item.problem, []))]
-    print(f"{len(asked):7,}  answers to verify, {len(asked) - len(todo):,} of them verified before")
-    if not asked:
+    todo = [row for row in rows if row["answer"] not in dict(before.get(row["problem"], []))]
+    print(f"{len(rows):7,}  answers to verify, {len(rows) - len(todo):,} of them verified before")
+    if not rows:
         raise ValueError(
             f"{cfg.rollouts}: no problem has a right answer, in \\boxed, in a finished sample, so no trajectory "
             "can be built; give more samples, easier problems or another base model"
         )
     if not todo:
         return
-    verify = local_model(cfg) if cfg.model else endpoint(cfg, os.environ.get(cfg.api_key_variable))
+    verified = local_model(cfg, todo) if cfg.model else endpoint(cfg, todo, os.environ.get(cfg.api_key_variable))
     written = 0
-    with out.open("a", encoding="utf-8") as file:
-        for item, text in tqdm(verify(todo), total=len(todo), unit=" answers"):
-            file.write(json.dumps(item.row(as_self_check(text)), ensure_ascii=False) + "\n")
-            file.flush()
-            written += 1
+    for row, text in tqdm(verified, total=len(todo), unit=" answers", delay=1):  # no bar before an error about flags
+        with out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row | {"verification": as_self_check(text)}, ensure_ascii=False) + "\n")
+        written += 1
     print(f"{written:7,}  verifications written")
     if written < len(todo):
         print(f"{len(todo) - written:7,}  without a reply; run the same command to ask again")

@@ -9,7 +9,9 @@ again, so a second call continues where the first was stopped. `s2r/toy/world.py
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
+from s2r.data import read_jsonl
 from s2r.run.flags import check, start
 from s2r.run.stages import Stage, make
 from s2r.view.report import table
@@ -26,16 +28,15 @@ RL = """train_rl.py --model F/sft --problems 32 --rollouts 4 --updates 2 --tempe
 MODELS = ("base", "sft", "rl-outcome", "rl-process")
 
 
-def evaluation(model: str, test: str = "test") -> tuple[str, str, str]:
-    """The stage that evaluates a model on F/TEST.jsonl and makes MODEL.json, or MODEL-longer.json."""
-    report = f"{model}.json" if test == "test" else f"{model}-{test}.json"
+def evaluation(model: str) -> tuple[str, str, str]:
+    """The stage that evaluates a model on F/test.jsonl and makes MODEL.json."""
     folder, need = (BASE, "train.jsonl") if model == "base" else (f"F/{model}", model)
-    command = f"sample.py --model {folder} --data F/{test}.jsonl --report F/{report}"
-    return report, need, f"{command} --temperature 0 --max-new-tokens 320"
+    command = f"sample.py --model {folder} --data F/test.jsonl --report F/{model}.json"
+    return f"{model}.json", need, f"{command} --temperature 0 --max-new-tokens 320"
 
 
 PLAN: Plan = (
-    ("train.jsonl", "", "-m s2r.toy.world --folder F/"),  # and test.jsonl and longer.jsonl before it
+    ("train.jsonl", "", "-m s2r.toy.world --folder F/"),  # and test.jsonl before it
     ("base.rollouts.jsonl", "train.jsonl", f"""sample.py --model {BASE} --data F/train.jsonl
         --out F/base.rollouts.jsonl --n 5 --temperature 0.7 --max-new-tokens 32 --show 0"""),
     ("verifications.jsonl", "base.rollouts.jsonl",
@@ -65,11 +66,6 @@ def stages(plan: Plan, folder: str, seed: int) -> list[Stage]:
     return found
 
 
-def rewards(run: str) -> list[float]:
-    """The mean reward in each step of an RL run."""
-    return [json.loads(row)["reward"] for row in Path(run, "log.jsonl").read_text().splitlines()]
-
-
 def main(cfg: Config) -> None:
     check(cfg)
     make(stages(PLAN, cfg.folder, cfg.seed))
@@ -77,8 +73,8 @@ def main(cfg: Config) -> None:
     print(f"\n{cfg.folder}/test.jsonl, greedy; fractions in per cent (s2r/metrics.py explains the columns)\n")
     print(table(reports))
     for name in ("rl-outcome", "rl-process"):
-        steps = rewards(f"{cfg.folder}/{name}")
-        first, last = sum(steps[:10]) / 10, sum(steps[-10:]) / 10
+        reward = [row["reward"] for row in read_jsonl(f"{cfg.folder}/{name}/log.jsonl")]
+        first, last = mean(reward[:10]), mean(reward[-10:])
         print(f"\n{name}: mean reward {first:.3f} in the first ten steps, {last:.3f} in the last ten")
 
 

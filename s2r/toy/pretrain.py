@@ -3,15 +3,15 @@
     python -m s2r.toy.pretrain --out DIR
 
 The base model is a Llama with 0.9 M parameters. It has learnt the parts of S²R but not the whole: to answer, to
-divide, and to name a number that was not named before. It has never seen a text that checks itself.
+divide, and to name a number that was not named before. It has never seen a text that checks itself. Its sizes and
+its chat template come from the JSON files in s2r/toy/base.
 
 Departs from the paper: the chat template leaves out the system prompt, to keep sequences short.
 """
 
-import json
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,7 +25,9 @@ from s2r.hf.config import ModelConfig
 from s2r.model import Transformer
 from s2r.packing import pack, predictors
 from s2r.run.flags import check, start
-from s2r.toy.world import DIGITS, divide, question, solve, verify
+from s2r.toy.world import NUMBERS, divide, question, solve, verify
+
+BASE = Path(__file__).with_name("base")
 
 
 @dataclass(frozen=True)
@@ -55,26 +57,23 @@ def document(rng: random.Random) -> list[tuple[str, int]]:
         text.append((solve(y) + "\n", 3 if y == q.x else 1))
         if rng.random() < 0.5:
             drill = rng.random() < 0.25  # divide a random number instead, which cannot be predicted
-            x = rng.randrange(10 ** (DIGITS - 1), 10**DIGITS) if drill else y
+            x = rng.choice(NUMBERS) if drill else y
             asked, steps = divide(q.a, x).split(": ")
             text += [(asked, 0 if drill else 1), (f": {steps}\n", 1)]
     return [*text, ("<|endoftext|>", 1)]
 
 
-def train_tokenizer(folder: Path) -> None:
-    """Write a byte-level BPE tokenizer with a few hundred tokens: one for every digit and every word of this world.
+def train_tokenizer() -> Backend:
+    """A byte-level BPE tokenizer with a few hundred tokens: one for every digit and every word of this world.
 
     It is trained on checks too, so their words have tokens, which the pretraining never uses.
     """
-    rng, specials = random.Random(0), ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    texts = ["system\nuser\nassistant\n"] * 9
+    rng, texts = random.Random(0), ["system\nuser\nassistant\n"] * 9
     for _ in range(4000):
         texts += [re.sub(r"<\|\w+\|>", "", piece) for piece, _ in document(rng)]
         q = question(rng)
-        for answer in (*map(str, q.xs), None):
-            for style in ("confirmative", "solving"):
-                check = verify(q.text, answer, style)[0]
-                texts.append(f"{VERIFY_OPENING} {check}\n\n{RETRY_OPENING} {solve(q.x)}\n\n")
+        checks = [verify(q.text, str(x), style)[0] for x in (*q.xs, None) for style in ("confirmative", "solving")]
+        texts += [f"{VERIFY_OPENING} {text}\n\n{RETRY_OPENING} {solve(q.x)}\n\n" for text in checks]
     texts += list(VERDICT_SENTENCE.values()) * 9
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence([
@@ -83,65 +82,45 @@ def train_tokenizer(folder: Path) -> None:
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     backend.decoder = decoders.ByteLevel()
     backend.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=2000, min_frequency=2, special_tokens=specials, show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
-    folder.mkdir(parents=True, exist_ok=True)
-    backend.save(str(folder / "tokenizer.json"))
-    template = (
-        "{% for message in messages %}{% if message['role'] != 'system' %}"
-        "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
-        "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-    )
-    (folder / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 1024, "eos_token": "<|im_end|>",
-        "pad_token": "<|endoftext|>", "chat_template": template}, indent=2) + "\n")
+        vocab_size=2000, min_frequency=2, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        show_progress=False, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    return backend
 
 
 def main(cfg: Config) -> None:
     """Write a Hugging Face folder with a Llama trained on `document`s."""
     check(cfg, "steps")
-    folder = Path(cfg.out)
-    train_tokenizer(folder)
-    backend = Backend.from_file(str(folder / "tokenizer.json"))
-    end = backend.token_to_id("<|im_end|>")
-    hf = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": backend.get_vocab_size(),
-        "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
-        "num_key_value_heads": 4, "head_dim": 32, "hidden_act": "silu", "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0, "max_position_embeddings": 1024, "tie_word_embeddings": True,
-        "bos_token_id": None, "eos_token_id": end, "pad_token_id": backend.token_to_id("<|endoftext|>"),
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(hf))
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end}) + "\n")
-    model = Transformer(ModelConfig.from_folder(folder))
+    folder, backend = Path(cfg.out), train_tokenizer()
+    folder.mkdir(parents=True, exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        (folder / name).write_bytes((BASE / name).read_bytes())
+    base, size = ModelConfig.from_folder(BASE), backend.get_vocab_size()
+    model = Transformer(replace(base, vocab_size=size, hf=base.hf | {"vocab_size": size}))
     model.init_weights(cfg.seed)
     matrices = [p for block in model.blocks for p in block.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if not any(p is m for m in matrices)]
     # Muon (kellerjordan.github.io/posts/muon) gets there in about half the steps that AdamW takes.
     optimizers = [torch.optim.Muon(matrices, lr=0.012, weight_decay=0.01),
                   torch.optim.AdamW(others, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0)]
-    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
 
     rng, bar = random.Random(cfg.seed), tqdm(range(cfg.steps))
     for step in bar:
         sequences, scored, weights = [], [], []
         while sum(map(len, sequences)) < 2048:
-            ids, positions = [], []
-            for text, weight in document(rng):
-                piece = backend.encode(text).ids
-                if weight:
-                    positions += range(len(ids), len(ids) + len(piece))
-                    weights += [weight] * len(piece)
-                ids += piece
-            sequences.append(ids)
-            scored.append(positions)
+            pieces = [(backend.encode(text).ids, weight) for text, weight in document(rng)]
+            row = [weight for ids, weight in pieces for _ in ids]  # of each token
+            sequences.append([id for ids, _ in pieces for id in ids])
+            scored.append([t for t, weight in enumerate(row) if weight])
+            weights += filter(None, row)
         (batch,) = pack(sequences, scored, 10**6, "cpu")
         logp, _ = token_logp(predictors(model, batch), model.head_weight, batch.targets)  # (Q,)
         weight = torch.tensor(weights, dtype=torch.float32)
         loss = -(weight * logp).sum() / weight.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, peak in zip(optimizers, peaks):  # warm-up, then linearly towards zero
+        for optimizer in optimizers:
+            peak = optimizer.defaults["lr"]  # warm-up, then linearly towards zero
             optimizer.param_groups[0]["lr"] = peak * min((step + 1) / 50, 1 - step / cfg.steps)
             optimizer.step()
             optimizer.zero_grad()

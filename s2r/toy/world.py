@@ -6,7 +6,7 @@ Exactly one of the numbers, x, is a multiple of a. *Finding* x is hard for the t
 scratch work, and is right about half the time. *Checking* a number is easy, because long division goes digit by
 digit: "3 leaves 3, 30 leaves 2, 22 leaves 1, 14 leaves 0". S²R needs this gap: check, and if it is wrong, try again.
 
-    python -m s2r.toy.world --folder F                         writes problems: F/{train,test,longer}.jsonl
+    python -m s2r.toy.world --folder F                         writes problems: F/train.jsonl and F/test.jsonl
     python -m s2r.toy.world --rollouts R.jsonl --out V.jsonl   writes checks of the answers in R, for s2r.stage0.build
 """
 
@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from s2r.data import read_jsonl, write_jsonl
+from s2r.data import write_jsonl
 from s2r.grammar import VERDICT_SENTENCE
 from s2r.run.flags import check, start
+from s2r.stage0.build import read_rollouts
 from s2r.stage0.verifications import wanted
 
 TEMPLATES = (
@@ -34,7 +35,7 @@ PATTERNS = [
 ]
 DIVISORS = range(2, 10)
 LEVELS = {1: 2, 2: 3, 3: 4, 4: 5}  # difficulty of a problem -> how many numbers it names
-DIGITS = 4  # of each number
+NUMBERS = range(1000, 10_000)  # that a problem can name
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Question:
 
     a: int
     xs: tuple[int, ...]
-    template: int  # index of its wording
+    template: str  # its wording
 
     @property
     def x(self) -> int:
@@ -52,7 +53,7 @@ class Question:
     @property
     def text(self) -> str:
         *first, last = map(str, self.xs)
-        return TEMPLATES[self.template].format(a=self.a, xs=f"{', '.join(first)} or {last}")
+        return self.template.format(a=self.a, xs=f"{', '.join(first)} or {last}")
 
 
 def held_out(a: int, x: int) -> bool:
@@ -60,31 +61,26 @@ def held_out(a: int, x: int) -> bool:
     return zlib.crc32(f"{a} {x}".encode()) % 10 == 0
 
 
-def question(rng: random.Random, test: bool = False, level: int | None = None, digits: int = DIGITS) -> Question:
+def question(rng: random.Random, test: bool = False, level: int | None = None) -> Question:
     """A random question of the training or the test set, of one level, or of any level (None)."""
-    a, low = rng.choice(DIVISORS), 10 ** (digits - 1)
+    a, xs = rng.choice(DIVISORS), []
     count = LEVELS[level] if level else rng.choice(list(LEVELS.values()))
-    xs = []
     while len(xs) < count:
-        x = rng.randrange(low, 10 * low)
-        new = x // low not in [y // low for y in xs]  # the first digit tells the numbers apart
+        x = rng.choice(NUMBERS)
+        new = x // 1000 not in [y // 1000 for y in xs]  # the first digit tells the numbers apart
         if new and (x % a if xs else x % a == 0 and held_out(a, x) == test):
             xs.append(x)
     rng.shuffle(xs)
-    return Question(a, tuple(xs), rng.randrange(len(TEMPLATES)))
+    return Question(a, tuple(xs), rng.choice(TEMPLATES))
 
 
-def write_problems(folder: str | Path, *, train: int = 4000, test: int = 1000, longer: int = 400, seed: int) -> None:
-    """Problem files, all levels equally often, no question twice. `train.jsonl` is last: then all three are there.
-
-    Numbers in `longer.jsonl` have one digit more than those of any training.
-    """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for name, size in (("test", test), ("longer", longer), ("train", train)):
+def write_problems(folder: str | Path, *, train: int = 4000, test: int = 1000, seed: int) -> None:
+    """Problem files, all levels equally often, no question twice. `train.jsonl` is last: then both are there."""
+    for name, size in (("test", test), ("train", train)):
         rng, rows = random.Random(f"{seed} {name}"), {}
         while len(rows) < size:
             i, level = len(rows), 1 + len(rows) % len(LEVELS)
-            q = question(rng, name != "train", level, DIGITS + (name == "longer"))
+            q = question(rng, name == "test", level)
             row = {"problem": q.text, "answer": str(q.x), "level": level, "unique_id": f"toy/{name}/{i}"}
             rows.setdefault(q.text, row)
         write_jsonl(Path(folder) / f"{name}.jsonl", rows.values())
@@ -105,20 +101,16 @@ def divide(a: int, x: int) -> str:
     return f"Divide {x} by {a}: {', '.join(steps)}. {'Something' if rest else 'Nothing'} remains."
 
 
-def read(problem: str) -> tuple[int, list[str]]:
-    """The divisor and the numbers in a problem's text. Raises ValueError for a problem of another world."""
-    found = next(filter(None, (pattern.fullmatch(problem) for pattern in PATTERNS)), None)
-    if found is None:
-        raise ValueError(f"not a problem of the toy world, so its rule cannot check answers to it: {problem!r}")
-    return int(found["a"]), re.findall(r"\d+", found["xs"])
-
-
 def verify(problem: str, answer: str | None, style: str = "confirmative") -> tuple[str, str]:
     """A check of any answer by rule: its text, and its verdict, which is true.
 
-    "confirmative" divides the answer; "solving", which the paper rejects, finds x again and compares.
+    "confirmative" divides the answer; "solving", which the paper rejects, finds x again and compares. Raises
+    ValueError for a problem of another world.
     """
-    a, xs = read(problem)
+    found = next(filter(None, (pattern.fullmatch(problem) for pattern in PATTERNS)), None)
+    if found is None:
+        raise ValueError(f"not a problem of the toy world, so its rule cannot check answers to it: {problem!r}")
+    a, xs = int(found["a"]), re.findall(r"\d+", found["xs"])
     if answer not in xs:
         return f"This is not one of the numbers. {VERDICT_SENTENCE['incorrect']}", "incorrect"
     verdict = "incorrect" if int(answer) % a else "correct"
@@ -128,12 +120,6 @@ def verify(problem: str, answer: str | None, style: str = "confirmative") -> tup
     else:
         work = divide(a, int(answer))
     return f"{work} {VERDICT_SENTENCE[verdict]}", verdict
-
-
-def write_verifications(rollouts: str, out: str, style: str) -> None:
-    """A check of each distinct answer in a rollout file, for the problems that were solved at least once."""
-    asked = wanted(read_jsonl(rollouts))
-    write_jsonl(out, (item.row(verify(item.problem, item.answer, style)[0]) for item in asked))
 
 
 @dataclass(frozen=True)
@@ -152,7 +138,9 @@ def main(cfg: Config) -> None:
     if cfg.folder:
         write_problems(cfg.folder, seed=cfg.seed)
     else:
-        write_verifications(cfg.rollouts, cfg.out, cfg.style)
+        asked = wanted(read_rollouts(cfg.rollouts))
+        checks = (row | {"verification": verify(row["problem"], row["answer"], cfg.style)[0]} for row in asked)
+        write_jsonl(cfg.out, checks)
 
 
 if __name__ == "__main__":

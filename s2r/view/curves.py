@@ -6,10 +6,11 @@
 A line is a run's log.jsonl; points are its eval.jsonl, the evaluations on --eval-data. Needs matplotlib.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from s2r.data import read_jsonl
+from s2r.data import check_output, read_jsonl
 from s2r.run.flags import start
 
 USUAL = "reward nll accuracy first_accuracy trials va va_right er cp say_correct kl entropy grad_norm".split()
@@ -29,28 +30,27 @@ def main(cfg: Config) -> None:
         raise ValueError("drawing needs matplotlib: pip install matplotlib") from None
     if not cfg.out.endswith(".svg"):
         raise ValueError(f"--out {cfg.out}: give a name that ends in .svg")
-    logs = {run: _rows(run, "log.jsonl") for run in cfg.runs}
-    if empty := ", ".join(run for run in cfg.runs if not logs[run]):
+    check_output(cfg.out)
+    logs = {run: (_rows(run, "log.jsonl"), _rows(run, "eval.jsonl")) for run in cfg.runs}
+    if empty := ", ".join(run for run, (log, _) in logs.items() if not log):
         raise FileNotFoundError(f"{empty}: no log.jsonl with a step; give the folder of a training run")
-    known = {name for log in logs.values() for row in log for name in row}
+    known = {name for log, _ in logs.values() for row in log for name in row}
     columns = cfg.columns.split(",") if cfg.columns else [name for name in USUAL if name in known] or ["step"]
     if unknown := ", ".join(name for name in columns if name not in known):
         raise ValueError(f"--columns {unknown}: not in these logs, which have {', '.join(sorted(known))}")
-    across = min(len(columns), 3)
-    down = -(-len(columns) // across)
+    across = math.ceil(len(columns) ** 0.5)
+    down = math.ceil(len(columns) / across)
     with matplotlib.rc_context({"svg.hashsalt": "s2r", "svg.fonttype": "none"}):  # the same logs make the same file
         figure = matplotlib.figure.Figure(figsize=(4 * across, 2.6 * down + 0.6), layout="constrained")
-        panels = figure.subplots(down, across, squeeze=False).flatten()
-        for panel, column in zip(panels, columns):
-            panel.set(title=column, xlabel="step")
-            for i, (run, log) in enumerate(logs.items()):
-                panel.plot(*_series(log, column), color=f"C{i}")
-                panel.plot(*_series(_rows(run, "eval.jsonl"), column), "o", color=f"C{i}")
-        for panel in panels[len(columns) :]:
-            panel.set_axis_off()
-        lines, title = panels[0].get_lines()[::2], "lines: training, points: evaluation"
-        figure.legend(lines, list(logs), loc="outside upper center", title=title)
-        Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
+        for place, column in enumerate(columns, start=1):
+            panel = figure.add_subplot(down, across, place, title=column, xlabel="step")
+            for i, (run, both) in enumerate(logs.items()):
+                for rows, style, label in zip(both, "-o", (run, None)):
+                    found = [row for row in rows if isinstance(row.get(column), int | float)]
+                    steps, values = [row["step"] for row in found], [row[column] for row in found]
+                    panel.plot(steps, values, style, color=f"C{i}", label=label)
+        handles, title = panel.get_lines()[::2], "lines: training, points: evaluation"
+        figure.legend(handles=handles, loc="outside upper center", title=title)
         figure.savefig(cfg.out, metadata={"Date": None})
 
 
@@ -58,12 +58,6 @@ def _rows(run: str, name: str) -> list[dict]:
     """Rows with a step in one file of a run folder, none if the file is missing or empty."""
     path = Path(run, name)
     return [row for row in read_jsonl(path) if "step" in row] if path.is_file() and path.stat().st_size else []
-
-
-def _series(rows: list[dict], column: str) -> tuple[list, list]:
-    """Steps and values of a column, from the rows in which it is a number."""
-    found = [row for row in rows if isinstance(row.get(column), int | float)]
-    return [row["step"] for row in found], [row[column] for row in found]
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from s2r.hf.tokenizer import Tokenizer
-from s2r.rl import Credit, outcome_reward
+from s2r.rl import Credit
 from s2r.rollouts import Trajectory
 
 FILTERS = ("corrected", "spoiled", "missed", "false alarm", "cut off")
@@ -36,29 +36,14 @@ def page(trajectories: Sequence[Trajectory], credits: Sequence[Credit], tokenize
     """The page as HTML; `credits` are those of the process level, one per trajectory: rewards and baselines."""
     rows = []
     for trajectory, credit in zip(trajectories, credits):
+        row = trajectory.to_row()
         texts = [b"" if id in tokenizer.stop_ids else tokenizer.token_bytes(id) for id in trajectory.ids]
         tokens = [(text.decode("utf-8", "replace"), round(p, 3)) for text, p in zip(texts, trajectory.logp)]
-        actions = []
-        for action, reward, baseline in zip(trajectory.actions, credit.reward, credit.baseline):
-            actions.append(
-                {
-                    "kind": action.kind,
-                    "read": action.answer if action.kind == "solve" else action.verdict,
-                    "reward": reward,
-                    "advantage": round(reward - baseline, 3),
-                    "tokens": tokens[action.start : action.end],
-                }
-            )
-        rows.append(
-            {
-                "id": trajectory.problem.unique_id,
-                "problem": trajectory.problem.problem,
-                "answer": trajectory.problem.answer,
-                "reward": outcome_reward(trajectory.actions),
-                "labels": labels(trajectory),
-                "actions": actions,
-            }
-        )
+        for action, reward, baseline in zip(row["actions"], credit.reward, credit.baseline):
+            action["advantage"] = round(reward - baseline, 3)
+            action["tokens"] = tokens[action["start"] : action["end"]]
+        shown = ("unique_id", "problem", "answer", "reward", "actions")
+        rows.append({name: row[name] for name in shown} | {"labels": labels(trajectory)})
     data = json.dumps({"title": title, "filters": FILTERS, "rows": rows}, ensure_ascii=True)
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     return template.replace("DATA", data.replace("<", "\\u003c"))  # no text can end the script element

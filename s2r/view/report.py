@@ -6,8 +6,7 @@
     base            100.0           100.0    1.00      –         –      –      –     –  0.0     100.0      12
     after SFT        50.0             0.0    1.50  100.0     100.0  100.0  100.0  50.0    –     100.0       0
 
-s2r/metrics.py defines the columns. `interval` says how far a mean over a few seeds can be trusted. Called by the
-three scripts, which print `table`, and by the toy world's findings.
+s2r/metrics.py defines the columns. The scripts print `table`; `interval` is for the toy world's findings.
 """
 
 import json
@@ -31,14 +30,12 @@ class Config:
 def main(cfg: Config) -> None:
     rows = {}
     for path in cfg.reports:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path}: no such report; sample.py --report writes one")
         try:
             report = json.loads(Path(path).read_bytes())
-        except ValueError:  # not JSON, or not UTF-8
+        except (OSError, ValueError):  # no file, not JSON, or not UTF-8
             report = None
         if not isinstance(report, dict) or "by_level" not in report:
-            raise ValueError(f"{path}: not a report; give a file that sample.py --report wrote")
+            raise ValueError(f"{path}: no report there; give a file that sample.py --report wrote")
         rows[path.removesuffix(".json")] = report
     print(table(rows))
 
@@ -82,15 +79,13 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
     Raises ValueError for fewer than 2 values.
     """
-    if len(values) < 2:
-        raise ValueError(f"an interval needs 2 or more values, such as one per seed; here are {len(values)}")
-    freedom = len(values) - 1  # ν
+    freedom, error = len(values) - 1, stdev(values) / len(values) ** 0.5  # ν, and the mean's standard error
 
     def excess(t):  # P(|T| > t) − 5 %, where P is the incomplete beta function I_x(ν/2, 1/2) at x = ν/(ν + t²)
         return betainc(freedom / 2, 0.5, 0, freedom / (freedom + t * t), regularized=True) - 0.05
 
     t = float(findroot(excess, (1.9, 13), solver="anderson"))  # 12.7 for 2 values, 2.78 for 5, 1.96 for very many
-    return mean(values), t * stdev(values) / len(values) ** 0.5
+    return mean(values), t * error
 
 
 if __name__ == "__main__":
