@@ -54,9 +54,8 @@ class Config:
 def main(cfg: Config) -> None:
     check_settings(cfg)
     problems = [Problem(cfg.ask, cfg.answer, "asked")] if cfg.ask else load_problems(cfg.data, cfg.limit)
-    device, dtype = loop.pick(cfg.device, cfg.dtype)
-    model, tokenizer = loop.load(cfg.model, device, dtype)
-    journal = Journal(cfg, problems, dtype)
+    model, tokenizer = loop.load(cfg, *loop.pick(cfg))
+    journal = Journal(cfg, problems, model.dtype)
 
     start = time.perf_counter()
     settings = {"n": cfg.n, "temperature": cfg.temperature, "max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed}

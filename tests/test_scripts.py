@@ -74,7 +74,7 @@ def test_train_sft_learns_and_writes_a_run_folder(world):
 
 def test_train_sft_teaches_the_form_of_a_trajectory(world):
     """After SFT the greedy response to a problem of the data is a solve, then a verify with a verdict, then the end."""
-    model, tokenizer = loop.load(world.sft, torch.device("cpu"), torch.float32)
+    model, tokenizer = loop.load(SimpleNamespace(model=world.sft), ranks.Ranks(torch.device("cpu")), torch.float32)
     problems = train_rl.load_problems(world.problems)
     found = roll_out(model, tokenizer, problems, n=1, temperature=0.0, max_new_tokens=100, seed=0, progress=False)
     kinds = [[action.kind for action in t.actions] for t in found]

@@ -11,6 +11,7 @@ samples from a whole copy of its own, so nothing has to be exchanged inside deco
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 
 import torch
@@ -65,7 +66,8 @@ class Ranks:
             return packs
         most = torch.tensor(len(packs), device=self.device)
         dist.all_reduce(most, dist.ReduceOp.MAX)
-        return packs + [_nothing(self.device)] * (int(most) - len(packs))
+        (nothing,) = pack([[0]], [[]], 1, self.device)  # one token, no target: its loss and gradients are zero
+        return packs + [replace(nothing, rows=[])] * (int(most) - len(packs))
 
     def gather(self, items: list) -> list:
         """The items of all ranks in the order of the ranks, on every rank. They are pickled: no large tensors."""
@@ -79,8 +81,7 @@ class Ranks:
         """The sums over all ranks."""
         if self.size == 1:
             return list(values)
-        total = torch.tensor(values, dtype=torch.float64 if self.device.type == "cpu" else torch.float32)
-        total = total.to(self.device)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
 
@@ -91,9 +92,3 @@ def roll_out_shares(ranks: Ranks, sampler: Transformer, tokenizer, problems: Seq
     found = roll_out(sampler, tokenizer, [problems[i] for i in mine], streams=mine, **settings)
     place = {problem.unique_id: i for i, problem in enumerate(problems)}
     return sorted(ranks.gather(found), key=lambda t: (place[t.problem.unique_id], t.sample))
-
-
-def _nothing(device: torch.device) -> Pack:
-    """A micro-batch of one token and no target: its loss is zero, and so are its gradients."""
-    (empty,) = pack([[0]], [[]], 1, device)
-    return Pack([], empty.ids, empty.cu_seqlens, empty.scored)

@@ -137,7 +137,7 @@ def as_self_check(reply: str) -> str:
 
 def local_model(cfg: Config) -> Verifier:
     """A Hugging Face folder, through our own sampler. Raises ValueError as `pick` and `load` do."""
-    model, tokenizer = load(cfg.model, *pick(cfg.device, cfg.dtype))
+    model, tokenizer = load(cfg, *pick(cfg))
 
     def replies(questions: Sequence[str], step: int) -> Iterator[tuple[int, str]]:
         """(index, reply) of each question that leaves room in the context; a random stream per `step`."""
