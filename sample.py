@@ -3,12 +3,11 @@
     python sample.py --model DIR --ask "What is 7 times 6?" --answer 42
     python sample.py --model DIR --data F.jsonl --max-new-tokens 2048 --out ROLLOUTS.jsonl --report R.json
 
-With `--n 5 --temperature 0.7` it collects the samples of stage 0 (paper §2.2: K = 5 samples a problem). Partial results are
-kept in OUT.begun; rerun the same command to continue. `python -m s2r.toy` runs this script on a toy problem.
+With `--n 5 --temperature 0.7` it collects the samples of stage 0 (paper §2.2: K = 5 samples a problem). Partial results
+are kept in OUT.begun; rerun the same command to continue.
 """
 
-# Before torch: s2r settles how torch's threads wait.
-import s2r  # isort: skip  # noqa: F401
+import s2r  # isort: skip  # noqa: F401  before torch: it settles how torch's threads wait
 
 import json
 import os
@@ -57,12 +56,10 @@ def main(cfg: Config) -> None:
     model, tokenizer = loop.load(cfg, *loop.pick(cfg))
     journal = Journal(cfg, problems, model.dtype)
 
+    settings = {name: getattr(cfg, name) for name in ("n", "temperature", "max_new_tokens", "seed", "slots")}
+    options = {"known": journal.known, "each": journal.add, "progress": not cfg.ask}
     start = time.perf_counter()
-    settings = {"n": cfg.n, "temperature": cfg.temperature, "max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed}
-    trajectories = roll_out(
-        model, tokenizer, problems, **settings, slots=cfg.slots, prefill_tokens=cfg.tokens_per_microbatch,
-        progress=not cfg.ask, known=journal.known, each=journal.add,
-    )  # fmt: skip
+    trajectories = roll_out(model, tokenizer, problems, **settings, prefill_tokens=cfg.tokens_per_microbatch, **options)
     seconds = time.perf_counter() - start
 
     for trajectory in trajectories if cfg.ask else trajectories[: cfg.show]:
@@ -71,13 +68,12 @@ def main(cfg: Config) -> None:
         write_jsonl(cfg.out, (trajectory.to_row() for trajectory in trajectories))
         journal.remove()
     if cfg.html:
-        credits = rl.online_credit(trajectories, "process", cfg.n)
-        Path(cfg.html).write_text(page(trajectories, credits, tokenizer, f"{cfg.model} on {cfg.ask or cfg.data}"), "utf-8")
+        credits, title = rl.online_credit(trajectories, "process", cfg.n), f"{cfg.model} on {cfg.ask or cfg.data}"
+        Path(cfg.html).write_text(page(trajectories, credits, tokenizer, title), "utf-8")
     if cfg.ask:
         return
-    metrics = summarize(trajectories) | at_k(trajectories)
     sampled = sum(len(t.ids) for t in trajectories) - sum(len(rollout.ids) for rollout in journal.known)
-    metrics["tokens_per_second"] = sampled / seconds
+    metrics = summarize(trajectories) | at_k(trajectories) | {"tokens_per_second": sampled / seconds}
     print(table({cfg.model: metrics}))
     if cfg.report:
         report = {"model": cfg.model, "data": cfg.data} | settings | metrics

@@ -7,11 +7,10 @@
 One step: sample M rollouts of N problems, judge them by rule, score them under the old and the reference policy, then
 take several clipped policy-gradient updates on them. Offline, the rollouts come from a file that `sample.py --n 8
 --temperature 0.7 --out` wrote with the model that training starts from, and π_old stays that model (s2r/offline.py).
-DIR2 is the SFT model. `python -m s2r.toy` runs this script on a toy problem in minutes.
+DIR2 is the SFT model.
 """
 
-# Before torch: s2r settles how torch's threads wait.
-import s2r  # isort: skip  # noqa: F401
+import s2r  # isort: skip  # noqa: F401  before torch: it settles how torch's threads wait
 
 import sys
 from collections.abc import Callable
@@ -139,7 +138,8 @@ def main(cfg: Config) -> None:
 
 def check_settings(cfg: Config) -> None:
     """Raises ValueError for settings that make no sense, alone or together."""
-    flags.check(cfg, "problems", "rollouts", "updates", "temperature", "steps", "max_new_tokens", "slots", "save_every", "keep")
+    flags.check(cfg, "problems", "rollouts", "updates", "steps", "temperature", "max_new_tokens", "slots")
+    flags.check(cfg, "save_every", "keep")
     if bool(cfg.data) == bool(cfg.offline):
         raise ValueError(f"give --data, to sample from, or --offline, to learn from, and not both; {flags.TOY}")
     if cfg.baseline != "position" and not cfg.offline:

@@ -5,11 +5,10 @@
 
 The targets are what a good trajectory does and never its mistakes: every verify, the last solve, the stop token and the
 moves from one action to the next have a loss; the wrong solves are context. Equation (1), plus kl · KL(π ‖ π_base) on the
-same tokens. `python -m s2r.toy` runs this script on a toy problem.
+same tokens.
 """
 
-# Before torch: s2r settles how torch's threads wait.
-import s2r  # isort: skip  # noqa: F401
+import s2r  # isort: skip  # noqa: F401  before torch: it settles how torch's threads wait
 
 import math
 import time

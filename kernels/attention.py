@@ -74,7 +74,7 @@ def _find_block(cu_seqlens, sequences, number, BLOCK: tl.constexpr):
 
 @jit
 def _load_tile(base, stride, rows, length, columns, E: tl.constexpr, BLOCK_E: tl.constexpr, PARTIAL: tl.constexpr):
-    """A (rows, BLOCK_E) tile, zero beyond column E (head widths that are no power of two) and, if PARTIAL, row length."""
+    """A (rows, BLOCK_E) tile, zero beyond column E (head widths may be no power of two) and, if PARTIAL, the length."""
     at = base + rows[:, None] * stride + columns[None, :]
     if PARTIAL:
         return tl.load(at, mask=(rows < length)[:, None] & (columns < E)[None, :], other=0.0)
@@ -89,7 +89,7 @@ def _attend(
     acc, m, total, q, k, v, stride_k, stride_v, low, high, length, rows, columns, scale,
     E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, DIAGONAL: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax of the queries `rows` over keys low … high; acc (BLOCK_Q, BLOCK_E), m and total (BLOCK_Q,) fp32."""
+    """Online softmax of queries `rows` over keys low … high; acc (BLOCK_Q, BLOCK_E), m and total (BLOCK_Q,) fp32."""
     for first in range(low, high, BLOCK_K):
         keys = first + tl.arange(0, BLOCK_K)  # (BLOCK_K,)
         k_tile = _load_tile(k, stride_k, keys, length, columns, E, BLOCK_E, DIAGONAL)  # (BLOCK_K, BLOCK_E)
@@ -121,7 +121,8 @@ def _forward_kernel(
         rows, columns = first + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_E)
         k += start * stride_kt + (head // GROUP) * stride_kg
         v += start * stride_vt + (head // GROUP) * stride_vg
-        q_tile = _load_tile(q + start * stride_qt + head * stride_qh, stride_qt, rows, length, columns, E, BLOCK_E, True)
+        q_head = q + start * stride_qt + head * stride_qh
+        q_tile = _load_tile(q_head, stride_qt, rows, length, columns, E, BLOCK_E, True)
         scale_2 = scale * 1.4426950408889634  # times log2(e)
         acc = tl.zeros((BLOCK_Q, BLOCK_E), tl.float32)
         m = tl.full((BLOCK_Q,), -float("inf"), tl.float32)
@@ -173,7 +174,8 @@ def _backward_q_kernel(
         rows, columns = first + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_E)
         k += start * stride_kt + (head // GROUP) * stride_kg
         v += start * stride_vt + (head // GROUP) * stride_vg
-        q_tile = _load_tile(q + start * stride_qt + head * stride_qh, stride_qt, rows, length, columns, E, BLOCK_E, True)
+        q_head = q + start * stride_qt + head * stride_qh
+        q_tile = _load_tile(q_head, stride_qt, rows, length, columns, E, BLOCK_E, True)
         here = (start * H + head) * E  # out, grad_out and grad_q are contiguous
         o_tile = _load_tile(out + here, H * E, rows, length, columns, E, BLOCK_E, True)
         do_tile = _load_tile(grad_out + here, H * E, rows, length, columns, E, BLOCK_E, True)
@@ -211,8 +213,8 @@ def _grad_kv(
         do_tile = _load_tile(do, stride_do, rows, length, columns, E, BLOCK_E, True)
         lse_row = tl.load(lse + rows, mask=rows < length, other=0.0)
         delta_row = tl.load(delta + rows, mask=rows < length, other=0.0)
-        # Everything is transposed, a row per key, so that the two sums run along the rows of a dot.
-        p = tl.exp2(tl.dot(k, tl.trans(q_tile), input_precision="tf32x3") * scale - lse_row[None, :])  # (BLOCK_K, BLOCK_Q)
+        # Everything is transposed, (BLOCK_K, BLOCK_Q), so that the two sums run along the rows of a dot.
+        p = tl.exp2(tl.dot(k, tl.trans(q_tile), input_precision="tf32x3") * scale - lse_row[None, :])
         if DIAGONAL:
             p = tl.where(rows[None, :] >= keys[:, None], p, 0.0)
         dv = tl.dot(p.to(do_tile.dtype), do_tile, dv, input_precision="tf32x3")
@@ -249,12 +251,12 @@ def _backward_kv_kernel(
             do_head = grad_out + (start * H + head) * E
             row = head * T + start
             dk, dv = _grad_kv(
-                dk, dv, k_tile, v_tile, q_head, do_head, lse + row, delta + row, stride_qt, H * E, first, below, length,
-                keys, columns, scale_2, E, BLOCK_E, BLOCK_Q, True,
+                dk, dv, k_tile, v_tile, q_head, do_head, lse + row, delta + row, stride_qt, H * E,
+                first, below, length, keys, columns, scale_2, E, BLOCK_E, BLOCK_Q, True,
             )  # fmt: skip
             dk, dv = _grad_kv(
-                dk, dv, k_tile, v_tile, q_head, do_head, lse + row, delta + row, stride_qt, H * E, below, length, length,
-                keys, columns, scale_2, E, BLOCK_E, BLOCK_Q, False,
+                dk, dv, k_tile, v_tile, q_head, do_head, lse + row, delta + row, stride_qt, H * E,
+                below, length, length, keys, columns, scale_2, E, BLOCK_E, BLOCK_Q, False,
             )  # fmt: skip
         at = ((start + keys) * (H // GROUP) + g)[:, None] * E + columns[None, :]
         kept = (keys < length)[:, None] & (columns < E)[None, :]
@@ -405,7 +407,7 @@ def _merge_kernel(out, partial, lse, E: tl.constexpr, SPLITS: tl.constexpr, BLOC
 
 
 def _decode_tiles(BLOCK_E: int) -> dict[str, int]:
-    """Tile, warps and stages of `_decode_kernel`, which waits for memory: some 64 KB of keys and values on their way."""
+    """Tile, warps and stages of `_decode_kernel`, which waits for memory: 64 KB of keys and values are on their way."""
     return {"BLOCK_K": 64 if BLOCK_E <= 128 else 32, "num_warps": 4, "num_stages": 3}
 
 

@@ -1,19 +1,13 @@
-"""What the kernels cost: `python -m kernels.bench` prints a table per kernel.
+"""What the kernels cost on a GPU: `python -m kernels.bench` prints a table per kernel.
 
-On a GPU: ours beside PyTorch's own ways of doing the same, measured in one run, in the shapes of Qwen2.5-Math-1.5B and
--7B and Llama-3.1-8B. Medians after warm-up; "of ceiling" is the share of what a plain matmul, or a plain copy, reaches
-on the same chip in the same run. FLOPs are those of the maths (causal: half; backward: 2.5 times the forward), so work
-done twice lowers the figure. Without a GPU: the compile report, what the compiler makes of each kernel for sm_80 and
-sm_90: registers per thread, bytes of local memory (spills), shared memory per program, tensor-core instructions.
+Ours beside PyTorch's own ways of doing the same, measured in one run, in the shapes of Qwen2.5-Math-1.5B and -7B and
+Llama-3.1-8B. Times are medians after warm-up. Percentages are fractions of the ceiling: what a plain matmul, or a plain
+copy, reaches on the same chip in the same run. FLOPs are those of the maths (causal: half; backward: 2.5 times the
+forward), so work done twice lowers the rate.
 """
 
-import json
-import os
-import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -29,109 +23,6 @@ MODELS = {  # name: H, G, E, D, V
     "Llama-3.1-8B": (32, 8, 128, 4096, 128_256),
 }
 E64 = {"Llama-3.2-1B": (32, 8, 64)}
-
-
-# ---- compile report ----
-
-POINTERS = {"cu_seqlens": "*i64", "lengths": "*i64", "targets": "*i64", "scale": "fp32", "inverse_temperature": "fp32"}
-FP32 = ("lse", "delta", "partial", "target_logit", "stats", "upstream")
-INTEGERS = ("sequences", "T", "V", "splits", "tiles", "first", "width")
-
-
-def signature(kernel) -> dict[str, str]:
-    """Argument name → type, for bf16 tensors; constants are told by their capitals."""
-    types = {}
-    for parameter in kernel.params:
-        name = parameter.name
-        if parameter.is_constexpr:
-            types[name] = "constexpr"
-        elif name in INTEGERS or "stride" in name:
-            types[name] = "i32"
-        else:
-            types[name] = POINTERS.get(name, "*fp32" if name in FP32 else "*bf16")
-    return types
-
-
-def kernels(capability: int) -> Iterator[tuple[str, object, dict[str, int], int, int]]:
-    """Every kernel with the constants, warps and stages that it runs with: attention by E, log p of the 7B model."""
-    for with_kl in (False, True):
-        tiles = P._tiles(2, with_kl, capability // 10)
-        warps, stages = tiles.pop("num_warps"), tiles.pop("num_stages")
-        constants = {"D": 3584, "D_REF": 3584, "WITH_KL": with_kl, "GROUP": P.GROUP, **tiles}
-        for name, kernel in (("forward", P._forward_kernel), ("slab of dz", P._slab_kernel)):
-            yield f"log p{' and KL' if with_kl else ''} {name}", kernel, constants, warps, stages
-    for E in (64, 80, 128, 256):
-        BLOCK_E, tiles = A._tiles(E, torch.bfloat16)
-        for name, kernel in (
-            ("forward", A._forward_kernel),
-            ("dq", A._backward_q_kernel),
-            ("dk, dv", A._backward_kv_kernel),
-        ):
-            BLOCK_Q, BLOCK_K, warps, stages = tiles[name]
-            constants = {"H": 28, "GROUP": 7, "E": E, "BLOCK_E": BLOCK_E, "BLOCK_Q": BLOCK_Q, "BLOCK_K": BLOCK_K}
-            yield f"attention {name}, E={E}", kernel, constants, warps, stages
-        split = {"H": 28, "GROUP": 7, "E": E, "BLOCK_E": BLOCK_E, "BLOCK_H": 16, **A._decode_tiles(BLOCK_E)}
-        warps, stages = split.pop("num_warps"), split.pop("num_stages")
-        for SPLITS in (1, 8):
-            yield f"decode forward, E={E}, {SPLITS} splits", A._decode_kernel, split | {"SPLITS": SPLITS}, warps, stages
-        yield f"decode merge, E={E}", A._merge_kernel, {"E": E, "SPLITS": 8, "BLOCK_E": BLOCK_E}, 2, 3
-
-
-def compile_report() -> list[dict]:
-    """One row per kernel and architecture, as the module docstring says; needs no GPU."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    rows = []
-    for capability in (80, 90):
-        for name, kernel, constants, warps, stages in kernels(capability):
-            types = signature(kernel)
-            aligned = {  # what the launcher finds out at run time: pointers and strides divide by 16
-                (i,): [["tt.divisibility", 16]]
-                for i, (argument, kind) in enumerate(types.items())
-                if kind.startswith("*") or "stride" in argument
-            }
-            source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
-            options = {"num_warps": warps, "num_stages": stages}
-            compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-            registers, local = resources(compiled.asm["cubin"])
-            instructions = re.findall(r"wgmma\.mma_async|mma\.sync", compiled.asm["ptx"])
-            rows.append(
-                {
-                    "kernel": name,
-                    "sm": capability,
-                    "warps": warps,
-                    "registers": registers,
-                    "local": local,
-                    "shared": compiled.metadata.shared,
-                    "tensor_cores": instructions[0] if instructions else "",
-                }
-            )
-    return rows
-
-
-def resources(cubin: bytes) -> tuple[int, int]:
-    """Registers per thread and bytes of local memory per thread, which is where spilled registers go, of a binary."""
-    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    return int(registers), int(stack)
-
-
-def print_compile_report() -> None:
-    print(f"| {'kernel':34} | sm | warps | registers | local bytes | shared KB | tensor cores |")
-    print(f"|{'-' * 36}|----|-------|-----------|-------------|-----------|--------------|")
-    for row in compile_report():
-        print(
-            f"| {row['kernel']:34} | {row['sm']} | {row['warps']:5} | {row['registers']:9} | {row['local']:11} | "
-            f"{row['shared'] / 1024:9.0f} | {row['tensor_cores'].split('.')[0]:12} |"
-        )
-
-
-# ---- measurements ----
 
 
 def milliseconds(function: Callable[[], object]) -> float:
@@ -195,7 +86,7 @@ def forward_and_backward(function: Callable[[], torch.Tensor], leaves: list[torc
 
 
 def bench_attention(peak: float) -> None:
-    print("\n## Causal attention, bf16. ms (TFLOP/s, share of the matmul ceiling)\n")
+    print("\n## Causal attention, bf16. ms (TFLOP/s, fraction of the matmul ceiling)\n")
     print("| heads | sequences | ours fwd | ours bwd | SDPA flash fwd | bwd | cuDNN fwd | bwd | flex fwd | bwd |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     heads = {name: shape[:3] for name, shape in MODELS.items()} | E64
@@ -252,7 +143,7 @@ def flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int]) 
 
 
 def bench_decode(bandwidth: float) -> None:
-    print("\n## Decode attention, bf16. GB/s of keys and values read (share of the copy ceiling)\n")
+    print("\n## Decode attention, bf16. GB/s of keys and values read (fraction of the copy ceiling)\n")
     print("| heads | rows × tokens | ours, ms | GB/s | twin, ms |\n|---|---|---|---|---|")
     for name, (H, G, E, *_) in (MODELS | E64).items():
         for S, C in ((256, 1024), (64, 8192), (8, 8192), (1, 32_768)):
@@ -262,7 +153,10 @@ def bench_decode(bandwidth: float) -> None:
             ours = milliseconds(lambda: A.decode_attention(q, k, v, lengths))
             twin = attempt(lambda: milliseconds(lambda: A.decode_attention_torch(q, k, v, lengths)))
             rate = 4 * S * C * G * E / ours / 1e6
-            print(f"| {name} {H}:{G}, E={E} | {S} × {C:,} | {ours:.3f} | {rate:,.0f} ({rate / bandwidth:.0%}) | {twin:.3f} |")
+            print(
+                f"| {name} {H}:{G}, E={E} | {S} × {C:,} | {ours:.3f} | {rate:,.0f} ({rate / bandwidth:.0%}) | "
+                f"{twin:.3f} |"
+            )
 
 
 def naive(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -307,26 +201,23 @@ def bench_logprob(T: int = 8192) -> None:
 
 
 def liger(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Liger's fused linear cross-entropy, where it is installed: the mean loss, without entropy or a gradient per token."""
+    """Liger's fused linear cross-entropy, where it is installed: the mean loss; no entropy, no gradient per token."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     return LigerFusedLinearCrossEntropyLoss()(weight, hidden, targets)
 
 
 def main() -> None:
-    if "--json" in sys.argv:
-        print(json.dumps(compile_report()))
-    elif not torch.cuda.is_available():
-        print("No GPU here: this is what the compiler makes of the kernels; times need a GPU.\n")
-        print_compile_report()
-    else:
-        peak, bandwidth = ceilings()
-        chip = torch.cuda.get_device_name()
-        print(f"{chip}, torch {torch.__version__}, triton {triton.__version__}")
-        print(f"ceilings: bf16 matmul {peak:.0f} TFLOP/s, copy {bandwidth:,.0f} GB/s")
-        bench_attention(peak)
-        bench_decode(bandwidth)
-        bench_logprob()
+    if not torch.cuda.is_available():
+        print("error: torch sees no GPU here, and the tables are measured on one", file=sys.stderr)
+        sys.exit(2)
+    peak, bandwidth = ceilings()
+    chip = torch.cuda.get_device_name()
+    print(f"{chip}, torch {torch.__version__}, triton {triton.__version__}")
+    print(f"ceilings: bf16 matmul {peak:.0f} TFLOP/s, copy {bandwidth:,.0f} GB/s")
+    bench_attention(peak)
+    bench_decode(bandwidth)
+    bench_logprob()
 
 
 if __name__ == "__main__":

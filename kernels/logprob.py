@@ -20,11 +20,11 @@ registers. The vocabulary is cut into a few splits, and a program of the forward
 
 after which a few torch operations on (splits, T) merge the cells: 2 MB at the sizes above. The backward goes through
 slabs of the vocabulary, all tokens × some entries. Its kernel writes one slab of dz, a program a tile, and two plain
-matmuls, which run at the speed of the chip, make of it those rows of dW, each written once, and a share of dh, summed
+matmuls, which run at the speed of the chip, make of it those rows of dW, each written once, and a part of dh, summed
 in fp32. Beyond dh and dW it holds one slab and one (T, D) in fp32: 250 MB at the sizes above and D = 3,584. There are
 no atomics, so two runs agree bit for bit.
 
-Called by `s2r/packing.py` (policy and reference of the RL step), `s2r/toy.py` and `train_sft.py`.
+Called by `s2r/packing.py` (policy and reference of an RL step), `train_sft.py` and the toy's pretraining.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ LOG2E = 1.4426950408889634  # e^x = 2^(x·LOG2E), and 2^x is one instruction
 
 
 class _TorchHead(torch.autograd.Function):
-    """The maths of the module docstring in PyTorch: forward by chunks of tokens, backward by slabs of the vocabulary."""
+    """The maths of the module docstring in PyTorch: forward by chunks of tokens, back by slabs of the vocabulary."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, hidden_ref, weight_ref):
@@ -95,8 +95,10 @@ def _z(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.
 
 
 def _log_softmax(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> tuple[torch.Tensor, ...]:
-    """Log-probabilities (t, V) in fp32 of hidden states (t, D), and what they are made of: the maximum m of the logits z
-    and log s = log Σ e^(z−m), each (t,)."""
+    """Log-probabilities (t, V) in fp32 of hidden states (t, D), with what they are made of.
+
+    That is the maximum m of the logits z, and log s = log Σ e^(z−m), each (t,).
+    """
     z = _z(hidden, weight, temperature)
     m = z.amax(dim=1)
     log_s = z.sub_(m[:, None]).exp().sum(dim=1).log()

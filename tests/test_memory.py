@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT
 from tokenizers import Tokenizer as HfTokenizer
 
 from s2r.data import write_jsonl
@@ -26,15 +27,16 @@ SMALL = ModelConfig(
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A random Llama of 29 million parameters, 8,192 tokens in its vocabulary, and data of some 240 tokens an example."""
+    """A random Llama of 29 million parameters with a vocabulary of 8,192, and data of some 240 tokens an example."""
     folder = tmp_path_factory.mktemp("memory")
     model = tiny_tokenizer(folder / "model")
     tokenizer = HfTokenizer.from_file(str(model / "tokenizer.json"))
     tokenizer.add_tokens([f"<extra {i}>" for i in range(8192 - tokenizer.get_vocab_size())])
     tokenizer.save(str(model / "tokenizer.json"))
     config = {
-        "model_type": "llama", "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8,
-        "num_attention_heads": 8, "num_key_value_heads": 4, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
+        "model_type": "llama", "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1536,
+        "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4, "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
     }  # fmt: skip
     (model / "config.json").write_text(json.dumps(config))
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
@@ -103,6 +105,17 @@ def test_what_a_run_does_without_is_not_counted():
     assert estimate(slots=0, ranks=8)["always"]["sampler"] == 0
     assert estimate(itemsize=4)["always"]["sampler"] == 0  # one process in fp32 samples from the weights themselves
     assert estimate(itemsize=4)["update"]["working copy"] == estimate(checkpointing=True)["update"]["working copy"] == 0
+
+
+def test_example_of_docs_scaling_is_what_the_formulas_give():
+    qwen = ModelConfig(152_064, 3584, 18_944, 28, 28, 4, 128, tied=False, qkv_bias=True)  # Qwen2.5-7B
+    parts = memory.estimate(qwen, ranks=8, itemsize=2, gpu=True, tokens=8192, checkpointing=True, offload=False,
+                            reference=True, slots=32, capacity=4296)  # fmt: skip
+    assert "= 45.9 GB at the peak, in the update; 36.4 GB" in memory.text(parts)
+    example = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8").partition("*Example: RL of Qwen2.5-7B")[2]
+    shown = re.findall(r"\| \*{0,2}(\d+\.\d)\*{0,2} \|\n", example.partition("The cache")[0])
+    sizes = [size / memory.GB for size in (parts["always"] | parts["update"]).values()]
+    assert shown == [f"{size:.1f}" for size in (*sizes, sum(sizes))]
 
 
 def test_report_takes_settings_and_lengths_from_the_script(monkeypatch):

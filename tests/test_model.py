@@ -382,7 +382,7 @@ def test_unreadable_config_raises(text, tmp_path):
     assert str(tmp_path / "config.json") in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["", '{"metadata": {}}'], ids=["empty", "no map"])
+@pytest.mark.parametrize("text", ["", '{"metadata": {}}', '{"weight_map": ["a"]}'], ids=["empty", "no map", "list"])
 def test_unreadable_index_raises(text, tmp_path):
     save("llama", tmp_path, max_shard_size="9KB")
     index = tmp_path / "model.safetensors.index.json"

@@ -106,9 +106,10 @@ def shards(folder: Path) -> list[Path]:
         return [single]
     if not index.is_file():
         raise FileNotFoundError(f"{folder}: neither model.safetensors nor model.safetensors.index.json")
-    files = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
-    if not files:
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
         raise ValueError(f"{index}: names no shard; fetch the file again")
+    files = [folder / name for name in sorted(set(map(str, names.values())))]
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"{file}: missing, though {index.name} names it; fetch the folder again")
