@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib
 import importlib.util
 import json
 import os
@@ -54,9 +55,9 @@ class Lists:
     range: tuple[float, float] = (0.1, 0.7)  # two numbers
 
 
-# --- parse ---
+# --- from_command_line ---
 
-def test_parse_reads_every_kind_of_flag():
+def test_from_command_line_reads_every_kind_of_flag():
     assert flags.from_command_line(Config, ["--model", "base"]) == Config("base")
     argv = "--model a --level process --max-new-tokens 9 --lr 1e-3 --resume --steps=7".split()
     assert flags.from_command_line(Config, argv) == Config("a", "run", "process", 9, 1e-3, 7, True)
@@ -68,7 +69,7 @@ def test_parse_reads_every_kind_of_flag():
 
 @pytest.mark.parametrize(("script", "missing"), [
     (sample, "--model"), (train_sft, "--model, --data, --out"), (train_rl, "--model, --out")])
-def test_parse_names_every_required_flag_that_is_missing_and_the_toy(script, missing, capsys):
+def test_from_command_line_names_every_required_flag_that_is_missing_and_the_toy(script, missing, capsys):
     with pytest.raises(SystemExit) as exit:
         flags.from_command_line(script.Config, [])
     error = capsys.readouterr().err.splitlines()[-1]
@@ -87,7 +88,7 @@ def test_parse_names_every_required_flag_that_is_missing_and_the_toy(script, mis
     ("--steps", "--steps"),
     ("--lr 1", "missing: --model"),
 ])
-def test_parse_exits_2_with_usage(argv, named, capsys):
+def test_from_command_line_exits_2_with_usage(argv, named, capsys):
     with pytest.raises(SystemExit) as exit:
         flags.from_command_line(Config, argv.split())
     error = capsys.readouterr().err
@@ -95,7 +96,7 @@ def test_parse_exits_2_with_usage(argv, named, capsys):
 
 
 @pytest.mark.parametrize("config", [Config, *(script.Config for script in SCRIPTS)])
-def test_parse_help_says_what_each_setting_is(config, capsys):
+def test_from_command_line_help_says_what_each_setting_is(config, capsys):
     with pytest.raises(SystemExit) as exit:
         flags.from_command_line(config, ["--help"])
     text = "".join(capsys.readouterr().out.split())  # argparse breaks lines at blanks and hyphens
@@ -148,6 +149,13 @@ def test_start_leaves_a_bug_its_traceback(monkeypatch, tmp_path):
     monkeypatch.setattr(flags, "ROOT", tmp_path)
     with pytest.raises(ValueError, match="shapes"):
         start(module.work, monkeypatch)
+
+
+def test_start_names_a_package_that_is_not_installed(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as exit:
+        start(lambda cfg: importlib.import_module("plotting"), monkeypatch)
+    assert exit.value.code == 2
+    assert capsys.readouterr().err == "error: No module named 'plotting'; pip install plotting\n"
 
 
 def test_start_takes_an_error_of_every_room_for_ours(monkeypatch, tmp_path, capsys):

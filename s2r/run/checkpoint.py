@@ -46,7 +46,7 @@ class Run:
     def __init__(self, cfg, ranks: Ranks, *, data: str, steps: int):
         """Make `cfg.out`, or take up the run in it with `cfg.resume`; `data` is the file that is learnt from.
 
-        Raises FileExistsError when the folder holds a model, a run already or one that has lost its checkpoints, and
+        Raises FileExistsError when it holds a model, a run already, or one that has lost its checkpoints, and
         ValueError when the run to resume had other settings or other data.
         """
         self.cfg, self.ranks, self.steps, self.folder = cfg, ranks, steps, Path(cfg.out)
@@ -64,18 +64,18 @@ class Run:
         now["data_sha256"] = hashlib.sha256(Path(data).read_bytes()).hexdigest()
         for name, value in before.items():
             if name == "data_sha256" and value != now[name]:
-                raise ValueError(f"{data} is not what {self.folder} learnt from; give that file, or take another --out")
+                raise ValueError(f"{data} is not what {self.folder} learnt from; give that or take another --out")
             if name not in FREE and value != now.get(name):
-                flag = "--" + name.replace("_", "-")
-                raise ValueError(f"{file}: {flag} was {value!r}, now {now.get(name)!r}; keep it or take another --out")
+                what = f"--{name.replace('_', '-')} was {value!r}, now {now.get(name)!r}"
+                raise ValueError(f"{file}: {what}; resume with the same settings or take another --out")
         if (self.folder / "config.json").exists() and not self._checkpoints():
             what = "a run whose checkpoints are gone" if before else "a model, which the run would write over"
             raise FileExistsError(f"{self.folder} holds {what}; take another --out")
+        if max(self._checkpoints(), default=0) >= steps:
+            return  # nothing to do; run.json still says what made the run
         if cfg.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise ValueError("--tensorboard needs a package that is not installed: pip install tensorboard") from None
+            from torch.utils.tensorboard import SummaryWriter
+
             self.writer = SummaryWriter(self.folder)
         status, commit = subprocess.getstatusoutput(f"git -C {shlex.quote(str(ROOT))} rev-parse HEAD")
         now |= {"command": shlex.join(sys.argv), "commit": "unknown" if status else commit, "torch": torch.__version__}
@@ -112,7 +112,7 @@ class Run:
         print("  ".join(words), flush=True)
 
     def end_step(self, model: Transformer, optimizer: torch.optim.Optimizer, step: int, stop) -> bool:
-        """Save after `step` steps if it is time to. If a signal asks to stop, save in any case, say so, return True."""
+        """Save if it is time to. If a signal asks to stop after `step` steps, save in any case and return True."""
         if step % self.cfg.save_every == 0 or step == self.steps:
             self.save(model, optimizer, step)
         if not stop.agreed():
@@ -123,11 +123,11 @@ class Run:
         return True
 
     def save(self, model: Transformer, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """Checkpoint after `step` steps. Raises OSError when it cannot be written; the one before is then untouched."""
+        """Checkpoint after `step` steps. Raises OSError when it cannot be written; the one before is untouched."""
         if step == self.saved:
             return
-        options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # as of one process, however many
-        weights, moments = dcp.get_state_dict(model, optimizer, options=options)  # all ranks take part; the first has it
+        options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights, moments = dcp.get_state_dict(model, optimizer, options=options)  # gathered: all ranks take part
         if self.first:
             self._write_checkpoint(model, {"step": step, "model": weights, "optimizer": moments})
         self.saved = step
@@ -161,7 +161,7 @@ class Run:
             shutil.rmtree(self.folder / f"step-{n}", ignore_errors=True)
 
     def restore(self, model: Transformer, optimizer: torch.optim.Optimizer) -> int:
-        """Load the newest checkpoint that can be read, cut the logs to its step and return that; 0: there is none.
+        """Load the newest checkpoint that can be read, cut the logs to its step and return it, 0 if there is none.
 
         Each checkpoint that cannot be read is named in a warning. Raises ValueError when none can be read.
         """
@@ -238,7 +238,7 @@ def move(state: dict, device: str | torch.device) -> None:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary name for a new version of a file, which replaces it in the end; a full disk leaves the old one."""
+    """Yields a temporary name for a new version of a file, then puts it in place; a full disk leaves the old one."""
     partial = path.with_name(path.name + ".partial")
     try:
         partial.unlink(missing_ok=True)

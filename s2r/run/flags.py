@@ -63,7 +63,7 @@ def from_command_line(config: type, argv: list[str] | None = None):
 
 
 def check(cfg, *positive: str) -> None:
-    """Raises ValueError for the first number of `cfg` that is negative or not finite, or not above 0 if in `positive`."""
+    """Raises ValueError for a number of `cfg` that is negative or not finite, or 0 although named in `positive`."""
     for name, value in vars(cfg).items():
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, str) or 0 < number < math.inf or (number == 0 and name not in positive):
@@ -75,17 +75,18 @@ def check(cfg, *positive: str) -> None:
 def start(main: Callable, config: type) -> None:
     """Run `main` on its flags. An error about the user's input is printed as one line, without a traceback, status 2.
 
-    Such an error is a ValueError raised in this repository, or an OSError from anywhere, which names the file. A
-    ValueError out of a library keeps its traceback. Out of memory is one line too, with the flags that take less.
+    Such an error is a ValueError raised in this repository, an OSError from anywhere, which names the file, or a
+    package that is not installed. Out of memory is one line too, with the flags that take less.
     """
     try:
         main(from_command_line(config))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         file = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
         ours = file.parent == ROOT or any(file.is_relative_to(ROOT / room) for room in ("s2r", "kernels"))
         if isinstance(error, ValueError) and not ours:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        hint = f"; pip install {error.name}" if isinstance(error, ModuleNotFoundError) else ""
+        print(f"error: {error}{hint}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         said = str(error).partition("\n")[0]

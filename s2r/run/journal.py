@@ -30,11 +30,10 @@ class Journal:
         self.settings["dtype"] = str(dtype)
         if self.path.exists() and drop_torn_line(self.path):
             begun, *rows = read_jsonl(self.path)
-            if other := [name for name, value in self.settings.items() if begun.get(name) != value]:
-                raise ValueError(
-                    f"{self.path} holds rollouts of a run that was cut short, with another --{other[0].replace('_', '-')} "
-                    f"({begun.get(other[0])}); give the same flags to continue it, or delete it"
-                )
+            for name, value in self.settings.items():
+                if begun.get(name) != value:
+                    was = f"rollouts of a run that was cut short, with --{name.replace('_', '-')} {begun.get(name)}"
+                    raise ValueError(f"{self.path} holds {was}; give the same flags to continue it, or delete it")
             self.known = [Rollout(**row) for row in rows]
             print(f"continuing a run that was cut short: {len(self.known):,} rollouts are there")
 

@@ -1,4 +1,4 @@
-"""What the loops of the three scripts share: device, model folder, sampler, signals, the optimizer's step, evaluation.
+"""What the loops of the three scripts share: device, model, sampler, evaluation, signals, the optimizer's step.
 
 The folder that a training run writes is in `s2r/run/checkpoint.py`; several processes are in `s2r/run/ranks.py`.
 """
@@ -17,16 +17,16 @@ from s2r.data import Problem, load_problems
 from s2r.hf.tokenizer import Tokenizer
 from s2r.metrics import summarize
 from s2r.model import Transformer
-from s2r.rollouts import Trajectory, encode_prompts
+from s2r.rollouts import Trajectory, encode_prompts, roll_out
 from s2r.run.checkpoint import Run, move
-from s2r.run.ranks import Ranks, roll_out_shares
+from s2r.run.ranks import Ranks
 
 
 def pick(cfg) -> tuple[Ranks, torch.dtype]:
     """The processes of this run on --device, and the dtype to compute in.
 
-    "auto" is the GPU if there is one, and bf16 on it, fp32 on a CPU. A GPU becomes the current device. Raises ValueError
-    for a device that is not here.
+    "auto" is the GPU if there is one, and bf16 on it, fp32 on a CPU. A GPU becomes the current device. Raises
+    ValueError for a device that is not here.
     """
     device, dtype = cfg.device, cfg.dtype
     if device == "auto":
@@ -38,7 +38,7 @@ def pick(cfg) -> tuple[Ranks, torch.dtype]:
     if device != "cpu":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if int(device.removeprefix("cuda:")) >= count:
-            raise ValueError(f"--device {device}: torch sees {count} GPUs here, the first is cuda:0; or use --device cpu")
+            raise ValueError(f"--device {device}: torch sees {count} GPUs here, from cuda:0 on; or use --device cpu")
         torch.cuda.set_device(device)  # streams and CUDA graphs are those of the current device
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
@@ -49,7 +49,7 @@ def pick(cfg) -> tuple[Ranks, torch.dtype]:
 
 
 def load(cfg, ranks: Ranks, dtype: torch.dtype, train: bool = False) -> tuple[Transformer, Tokenizer]:
-    """Model, spread over the ranks, and tokenizer of --model; to train, its weights are fp32 whatever it computes in.
+    """Model of --model, spread over the ranks, and its tokenizer; to train, the weights are fp32, whatever `dtype`.
 
     Raises ValueError when the tokenizer has ids that the embedding does not.
     """
@@ -69,9 +69,9 @@ def load(cfg, ranks: Ranks, dtype: torch.dtype, train: bool = False) -> tuple[Tr
 class Sampler:
     """Rollouts of the model that is being trained, from its current weights, each rank a part of the problems.
 
-    Where the weights are fp32 and the compute is not, or where they are spread over ranks, it keeps a copy of them in
-    the compute dtype. When `stop` is asked for, sampling ends at once, and rollouts are missing. Raises ValueError for
-    --eval-data without --eval-every, or the other way round, and for a prompt of it that is too long.
+    Where the weights are fp32 and the compute is not, or where they are spread over ranks, it keeps a copy of them
+    in the compute dtype. When `stop` is asked for, sampling ends at once, and rollouts are missing. Raises ValueError
+    for --eval-data without --eval-every, or the other way round, and for prompts of it that are too long.
     """
 
     def __init__(self, cfg, ranks: Ranks, model: Transformer, tokenizer: Tokenizer, stop: "Stop"):
@@ -89,10 +89,13 @@ class Sampler:
             self.copy = self.model if alone else Transformer(self.model.config, self.model.dtype, self.ranks.device)
         if self.copy is not self.model:
             self.copy.copy_from(self.model)
-        return roll_out_shares(
-            self.ranks, self.copy, self.tokenizer, problems, max_new_tokens=self.cfg.max_new_tokens,
-            seed=self.cfg.seed, slots=self.cfg.slots, stop=lambda: self.stop.asked, **settings,
+        mine = range(self.ranks.rank, len(problems), self.ranks.size)
+        found = roll_out(
+            self.copy, self.tokenizer, [problems[i] for i in mine], streams=mine, seed=self.cfg.seed,
+            max_new_tokens=self.cfg.max_new_tokens, slots=self.cfg.slots, stop=lambda: self.stop.asked, **settings,
         )  # fmt: skip
+        place = {problem.unique_id: i for i, problem in enumerate(problems)}
+        return sorted(self.ranks.gather(found), key=lambda t: (place[t.problem.unique_id], t.sample))
 
     def evaluate(self, run: Run, step: int) -> None:
         """If --eval-every asks for it: greedy responses to --eval-data, and their metrics into eval.jsonl."""
@@ -118,7 +121,7 @@ class Clock:
 
 
 class Stop:
-    """SIGTERM or SIGINT asks a training run to end its step, save and exit. Alone, a second one ends it at once."""
+    """SIGTERM or SIGINT asks a run to end its step, save and exit. With one process, a second one ends it at once."""
 
     def __init__(self, ranks: Ranks):
         self.ranks = ranks
@@ -137,10 +140,10 @@ class Stop:
 
 
 def optimizer_step(
-    run: Run, model: Transformer, optimizer: torch.optim.Optimizer, *, step: int, lr: float, loss: float, what: str,
-    batch: list,
+    run: Run, model: Transformer, optimizer: torch.optim.Optimizer,
+    *, step: int, lr: float, loss: float, what: str, batch: list,
 ) -> float:  # fmt: skip
-    """Clip the gradient's norm to --max-grad-norm, take one step at `lr`, zero the gradient; the norm before clipping.
+    """Clip the gradient's norm to --max-grad-norm and take one step at `lr`; returns the norm before clipping.
 
     Raises ValueError, on all ranks, when the loss of any rank or the gradient is not finite. The weights are then
     untouched, and the message says `what` the batch was and where the micro-batches in `batch` are saved.
