@@ -111,12 +111,15 @@ def test_from_command_line_help_says_what_each_setting_is(config, capsys):
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_every_setting_is_read(script):
-    """A flag that nothing reads does nothing in silence: each field is a `cfg.name` in the script or in s2r/run."""
+    """A flag that nothing reads does nothing in silence: each field is a `cfg.name` in the script or in s2r/run, or a name
+    in `getattr(cfg, name) for name in (…)`."""
     read = set()
     for file in (script, checkpoint, loop, ranks):
         for node in ast.walk(ast.parse(Path(file.__file__).read_text())):
             if isinstance(node, ast.Attribute) and getattr(node.value, "id", getattr(node.value, "attr", "")) == "cfg":
                 read.add(node.attr)
+            if isinstance(node, ast.DictComp) and ast.unparse(node.value) == "getattr(cfg, name)":
+                read |= {part.value for part in node.generators[0].iter.elts}
     assert {field.name for field in dataclasses.fields(script.Config)} <= read
 
 
