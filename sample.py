@@ -53,9 +53,8 @@ class Config:
 def main(cfg: Config) -> None:
     check_settings(cfg)
     problems = [Problem(cfg.ask, cfg.answer, "asked")] if cfg.ask else load_problems(cfg.data, cfg.limit)
-    device, dtype = loop.pick(cfg.device, cfg.dtype)
-    model, tokenizer = loop.load(cfg.model, device, dtype)
-    journal = Journal(cfg, problems, dtype)
+    model, tokenizer = loop.load(cfg, *loop.pick(cfg))
+    journal = Journal(cfg, problems, model.dtype)
 
     settings = {name: getattr(cfg, name) for name in ("n", "temperature", "max_new_tokens", "seed", "slots")}
     options = {"known": journal.known, "each": journal.add, "progress": not cfg.ask}

@@ -69,8 +69,9 @@ class Config:
 def main(cfg: Config) -> None:
     check_settings(cfg)
     problems = load_problems(cfg.data) if cfg.data else []
-    ranks, model, tokenizer = loop.policy(cfg)  # π_θ
-    reference = loop.frozen(cfg, ranks) if cfg.beta or cfg.offline else None  # π_ref
+    ranks, dtype = loop.pick(cfg)
+    model, tokenizer = loop.load(cfg, ranks, dtype, train=True)  # π_θ
+    reference = loop.load(cfg, ranks, dtype)[0] if cfg.beta or cfg.offline else None  # π_ref
     old = reference if cfg.offline else model  # π_old: offline it stays the model that sampled
     stop = loop.Stop(ranks)
     sampler = loop.Sampler(cfg, ranks, model, tokenizer, stop)
@@ -91,8 +92,7 @@ def main(cfg: Config) -> None:
         clock = loop.Clock()
         # 1. Sample M responses to each of N problems from the current policy, and judge them (offline: recall some).
         trajectories = collect(step)
-        if stop.agreed():  # then not all rollouts are there, and the step is dropped
-            run.stop(model, optimizer, step - 1)
+        if run.end_step(model, optimizer, step - 1, stop):  # then not all rollouts are there, and the step is dropped
             break
         clock.lap("rollout")
 

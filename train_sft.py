@@ -22,7 +22,6 @@ from s2r.data import draw, load_trajectories
 from s2r.packing import pack, predictors, sft_sequences
 from s2r.run import flags, loop, memory
 from s2r.run.checkpoint import Run
-from s2r.run.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,9 @@ class Config:
 def main(cfg: Config) -> None:
     flags.check(cfg, "epochs", "batch_size", "max_length", "max_new_tokens", "slots", "save_every", "keep")
     examples = load_trajectories(cfg.data)
-    ranks, model, tokenizer = loop.policy(cfg)  # π_θ
-    base = loop.frozen(cfg, ranks) if cfg.kl else None  # π_base
+    ranks, dtype = loop.pick(cfg)
+    model, tokenizer = loop.load(cfg, ranks, dtype, train=True)  # π_θ
+    base = loop.load(cfg, ranks, dtype)[0] if cfg.kl else None  # π_base
     longest = min(cfg.max_length, model.config.max_positions)
     sequences, scored = sft_sequences(examples, tokenizer, longest, cfg.unmasked)
     if not sequences:

@@ -20,7 +20,7 @@ from s2r import metrics
 from s2r.data import read_jsonl, write_jsonl
 from s2r.grammar import VERDICT_SENTENCE
 from s2r.run.checkpoint import FREE
-from s2r.run.flags import parse
+from s2r.run.flags import from_command_line
 from tiny_model import sums, tiny_model
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -99,7 +99,7 @@ def module(name: str):
 
 
 def filled(argv: list[str], config: type) -> list[str]:
-    """Arguments for `parse`: numbers for placeholders like N, and if there is a "…", what is required."""
+    """Arguments for `from_command_line`: numbers for placeholders like N, and if there is a "…", what is required."""
     types, out = get_type_hints(config), [word for word in argv if word != "…"]
     for i, word in enumerate(out[1:], start=1):
         kind = types.get(out[i - 1].removeprefix("--").replace("-", "_"))
@@ -119,7 +119,7 @@ def fault(words: list[str]) -> str | None:
         try:
             name, argv = target(words)
             if found := module(name):
-                parse(found.Config, filled(argv, found.Config))
+                from_command_line(found.Config, filled(argv, found.Config))
         except ValueError as error:
             return str(error)
         except SystemExit:
@@ -254,7 +254,7 @@ def test_commands_of_paper_runs_run_on_a_tiny_model(world, monkeypatch, capsys, 
             name, argv = target([values.get(word, word) for word in words])
             argv += SMALL.get(name, "").split() + ["--limit", "2"] * ("--report" in argv)
             script = module(name)
-            script.main(parse(script.Config, argv))
+            script.main(from_command_line(script.Config, argv))
     assert capsys.readouterr().out.splitlines()[-1].startswith("RL-process-math500")
     reports = {path.name for path in world.glob("*-*.json")}
     assert len(reports) == 6 * 7 and "OFFLINE-process-gaokao2023en.json" in reports

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib
 import importlib.util
 import json
 import os
@@ -54,23 +55,23 @@ class Lists:
     range: tuple[float, float] = (0.1, 0.7)  # two numbers
 
 
-# --- parse ---
+# --- from_command_line ---
 
-def test_parse_reads_every_kind_of_flag():
-    assert flags.parse(Config, ["--model", "base"]) == Config("base")
+def test_from_command_line_reads_every_kind_of_flag():
+    assert flags.from_command_line(Config, ["--model", "base"]) == Config("base")
     argv = "--model a --level process --max-new-tokens 9 --lr 1e-3 --resume --steps=7".split()
-    assert flags.parse(Config, argv) == Config("a", "run", "process", 9, 1e-3, 7, True)
-    assert flags.parse(Lists, ["a", "b", "--range", "0", "1"]) == Lists(("a", "b"), (0.0, 1.0))
-    assert flags.parse(Lists, ["a"]) == Lists(("a",))
+    assert flags.from_command_line(Config, argv) == Config("a", "run", "process", 9, 1e-3, 7, True)
+    assert flags.from_command_line(Lists, ["a", "b", "--range", "0", "1"]) == Lists(("a", "b"), (0.0, 1.0))
+    assert flags.from_command_line(Lists, ["a"]) == Lists(("a",))
     with pytest.raises(SystemExit):
-        flags.parse(Lists, [])
+        flags.from_command_line(Lists, [])
 
 
 @pytest.mark.parametrize(("script", "missing"), [
     (sample, "--model"), (train_sft, "--model, --data, --out"), (train_rl, "--model, --out")])
-def test_parse_names_every_required_flag_that_is_missing_and_the_toy(script, missing, capsys):
+def test_from_command_line_names_every_required_flag_that_is_missing_and_the_toy(script, missing, capsys):
     with pytest.raises(SystemExit) as exit:
-        flags.parse(script.Config, [])
+        flags.from_command_line(script.Config, [])
     error = capsys.readouterr().err.splitlines()[-1]
     assert exit.value.code == 2 and f"missing: {missing} (" in error and "python -m s2r.toy" in error
 
@@ -87,17 +88,17 @@ def test_parse_names_every_required_flag_that_is_missing_and_the_toy(script, mis
     ("--steps", "--steps"),
     ("--lr 1", "missing: --model"),
 ])
-def test_parse_exits_2_with_usage(argv, named, capsys):
+def test_from_command_line_exits_2_with_usage(argv, named, capsys):
     with pytest.raises(SystemExit) as exit:
-        flags.parse(Config, argv.split())
+        flags.from_command_line(Config, argv.split())
     error = capsys.readouterr().err
     assert exit.value.code == 2 and error.startswith("usage:") and named in error.splitlines()[-1]
 
 
 @pytest.mark.parametrize("config", [Config, *(script.Config for script in SCRIPTS)])
-def test_parse_help_says_what_each_setting_is(config, capsys):
+def test_from_command_line_help_says_what_each_setting_is(config, capsys):
     with pytest.raises(SystemExit) as exit:
-        flags.parse(config, ["--help"])
+        flags.from_command_line(config, ["--help"])
     text = "".join(capsys.readouterr().out.split())  # argparse breaks lines at blanks and hyphens
     assert exit.value.code == 0
     source = Path(sys.modules[config.__module__].__file__).read_text()
@@ -110,12 +111,15 @@ def test_parse_help_says_what_each_setting_is(config, capsys):
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_every_setting_is_read(script):
-    """A flag that nothing reads does nothing in silence: each field is a `cfg.name` in the script or in s2r/run."""
+    """A flag that nothing reads does nothing in silence: each field is a `cfg.name` in the script or in s2r/run, or a name
+    in `getattr(cfg, name) for name in (…)`."""
     read = set()
     for file in (script, checkpoint, loop, ranks):
         for node in ast.walk(ast.parse(Path(file.__file__).read_text())):
             if isinstance(node, ast.Attribute) and getattr(node.value, "id", getattr(node.value, "attr", "")) == "cfg":
                 read.add(node.attr)
+            if isinstance(node, ast.DictComp) and ast.unparse(node.value) == "getattr(cfg, name)":
+                read |= {part.value for part in node.generators[0].iter.elts}
     assert {field.name for field in dataclasses.fields(script.Config)} <= read
 
 
@@ -148,6 +152,13 @@ def test_start_leaves_a_bug_its_traceback(monkeypatch, tmp_path):
     monkeypatch.setattr(flags, "ROOT", tmp_path)
     with pytest.raises(ValueError, match="shapes"):
         start(module.work, monkeypatch)
+
+
+def test_start_names_a_package_that_is_not_installed(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as exit:
+        start(lambda cfg: importlib.import_module("plotting"), monkeypatch)
+    assert exit.value.code == 2
+    assert capsys.readouterr().err == "error: No module named 'plotting'; pip install plotting\n"
 
 
 def test_start_takes_an_error_of_every_room_for_ours(monkeypatch, tmp_path, capsys):
@@ -198,16 +209,21 @@ def test_sample_refuses_more_than_one_process(monkeypatch):
 
 # --- device, order, load ---
 
+def pick(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    ranks, found = loop.pick(SimpleNamespace(device=device, dtype=dtype))
+    return ranks.device, found
+
+
 def test_pick_auto_is_fp32_on_a_cpu():
-    assert loop.pick("cpu", "auto") == (torch.device("cpu"), torch.float32)
-    assert loop.pick("cpu", "bfloat16") == (torch.device("cpu"), torch.bfloat16)
+    assert pick("cpu", "auto") == (torch.device("cpu"), torch.float32)
+    assert pick("cpu", "bfloat16") == (torch.device("cpu"), torch.bfloat16)
 
 
 @pytest.mark.parametrize("device", ["nonsense", "cuda:x", pytest.param("cuda", marks=pytest.mark.skipif(
     torch.cuda.is_available(), reason="there is a GPU"))])
 def test_pick_names_a_device_that_is_not_here(device):
     with pytest.raises(ValueError, match=f"--device {device}"):
-        loop.pick(device, "auto")
+        pick(device, "auto")
 
 
 def test_pick_names_a_gpu_beyond_those_there_are_and_makes_the_one_it_takes_current(monkeypatch, capsys):
@@ -217,14 +233,14 @@ def test_pick_names_a_gpu_beyond_those_there_are_and_makes_the_one_it_takes_curr
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8 if device == "cuda:1" else 7, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old card")
-    assert loop.pick("cuda:1", "auto") == (torch.device("cuda:1"), torch.bfloat16)
-    assert loop.pick("cuda:0", "auto") == (torch.device("cuda:0"), torch.float32)  # no bf16 before sm_80, and it says so
+    assert pick("cuda:1", "auto") == (torch.device("cuda:1"), torch.bfloat16)
+    assert pick("cuda:0", "auto") == (torch.device("cuda:0"), torch.float32)  # no bf16 before sm_80, and it says so
     assert "an old card has no bfloat16" in capsys.readouterr().out
     taken.pop()
-    assert loop.pick("cuda", "float32") == (torch.device("cuda:0"), torch.float32)
+    assert pick("cuda", "float32") == (torch.device("cuda:0"), torch.float32)
     assert taken == ["cuda:1", "cuda:0"]
     with pytest.raises(ValueError, match="--device cuda:2: torch sees 2 GPUs"):
-        loop.pick("cuda:2", "auto")
+        pick("cuda:2", "auto")
 
 
 def test_order_is_a_permutation_by_seed_and_epoch():
@@ -234,17 +250,19 @@ def test_order_is_a_permutation_by_seed_and_epoch():
 
 def test_load_keeps_fp32_weights_to_train_and_cuts_the_vocabulary(tmp_path):
     tiny_model(tmp_path, spare=7)
-    model, tokenizer = loop.load(str(tmp_path), torch.device("cpu"), torch.bfloat16, train=True)
+    cfg = SimpleNamespace(model=str(tmp_path), checkpointing=True)
+    model, tokenizer = loop.load(cfg, ALONE, torch.bfloat16, train=True)
     assert model.dtype == torch.bfloat16 and {p.dtype for p in model.parameters()} == {torch.float32}
+    assert model.checkpointing
     assert model.vocab_size == tokenizer.vocab_size == len(model.embed) - 7 == len(model.head_weight)
-    model, _ = loop.load(str(tmp_path), torch.device("cpu"), torch.bfloat16)
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    model, _ = loop.load(cfg, ALONE, torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and not model.checkpointing
 
 
 def test_load_refuses_a_tokenizer_larger_than_the_embedding(tmp_path):
     tiny_model(tmp_path, spare=-5)
     with pytest.raises(ValueError, match=r"the tokenizer has \d+ ids, the embedding \d+ rows"):
-        loop.load(str(tmp_path), torch.device("cpu"), torch.float32)
+        loop.load(SimpleNamespace(model=str(tmp_path)), ALONE, torch.float32)
 
 
 # --- optimizer step ---
@@ -308,16 +326,16 @@ def test_optimizer_step_is_the_same_with_its_state_offloaded(model, base):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stop_notes_the_first_signal_and_leaves_the_second_its_effect(number, handlers):
     stop = loop.Stop(ALONE)
-    assert not stop.asked() and not stop.agreed()
+    assert not stop.asked and not stop.agreed()
     os.kill(os.getpid(), number)
-    assert stop.asked() and stop.agreed() and signal.getsignal(number) == signal.SIG_DFL
+    assert stop.asked and stop.agreed() and signal.getsignal(number) == signal.SIG_DFL
 
 
 def test_stop_under_torchrun_takes_any_number_of_signals(handlers):
     stop = loop.Stop(SimpleNamespace(size=2))
     for _ in range(3):
         os.kill(os.getpid(), signal.SIGINT)
-    assert stop.asked()
+    assert stop.asked
 
 
 @pytest.mark.parametrize(("script", "less"), [

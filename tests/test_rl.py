@@ -323,8 +323,8 @@ def gradient(script, cfg, monkeypatch) -> torch.Tensor:
     model than the policy, so that every term of the loss has a part in it."""
     found, load = [], loop.load
 
-    def other_reference(folder, device, dtype, train=False, spread=None):
-        model, tokenizer = load(folder, device, dtype, train=train)
+    def other_reference(*args, train=False):
+        model, tokenizer = load(*args, train=train)
         if not train:
             generator = torch.Generator().manual_seed(1)
             for p in model.parameters():

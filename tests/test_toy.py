@@ -243,5 +243,5 @@ def test_stages_pass_the_settings_of_the_toy_to_the_scripts():
 def test_every_command_of_a_plan_is_one_that_its_script_takes(plan):
     for stage in stages(plan, "f", seed=3):
         name, *argv = stage.command if stage.command[0] != "-m" else stage.command[1:]
-        cfg = flags.parse(import_module(name.removesuffix(".py")).Config, argv)
+        cfg = flags.from_command_line(import_module(name.removesuffix(".py")).Config, argv)
         assert cfg.seed == 3

@@ -1,15 +1,13 @@
 """The run folder of a training script: its settings, its logs, its checkpoints, and how it resumes after a stop.
 
     OUT/run.json        the settings, the SHA-256 of the data, the command, the commit and the version of torch
-    OUT/log.jsonl       one row per step
-    OUT/eval.jsonl      one row per evaluation
+    OUT/log.jsonl       one row per step; OUT/eval.jsonl: one row per evaluation
     OUT/step-40/        a checkpoint: a Hugging Face folder with state.pt, which is what --resume needs: fp32 weights,
     OUT/step-60/        optimizer, step; the last --keep of them are kept
     OUT/config.json …   the model of the newest one, by hard links to its files: OUT too is a Hugging Face folder
 
 A checkpoint is written under a temporary name, forced onto the disk, then renamed: whenever the process dies, every
-step-N is whole. No random state and no position in the data is saved, because the order of the data and every random
-stream are functions of (seed, step).
+step-N is whole. No random state and no position in the data is saved: both are functions of (seed, step).
 """
 
 import dataclasses
@@ -17,32 +15,26 @@ import hashlib
 import json
 import os
 import pickle
-import re
 import shlex
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint.state_dict as dcp
 from safetensors import SafetensorError, safe_open
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.tensor import DTensor
 
 from s2r.model import Transformer
 from s2r.run.flags import ROOT
 from s2r.run.ranks import Ranks
 
 STATE = "state.pt"
-# What of the base folder goes along with the weights.
-TOKENIZER = re.compile(r"(tokenizer.*|vocab.*|merges\.txt|chat_template.*|generation_config\.json|special_tokens.*)$")
+# What of the base folder goes along with the weights: files whose name begins like this.
+TOKENIZER = ("tokenizer", "vocab", "merges.txt", "chat_template", "generation_config.json", "special_tokens")
 # What a resumed run may change: length, memory, place and printing, none of which changes what a step learns.
 FREE = {"steps", "save_every", "keep", "show_every", "eval_data", "eval_every", "tensorboard"}
 FREE |= {"tokens_per_microbatch", "slots", "checkpointing", "offload", "device", "command", "commit", "torch"}
@@ -54,162 +46,142 @@ class Run:
     def __init__(self, cfg, ranks: Ranks, *, data: str, steps: int):
         """Make `cfg.out`, or take up the run in it with `cfg.resume`; `data` is the file that is learnt from.
 
-        Raises FileExistsError when it holds a run already, and ValueError when the run to resume had other settings or
-        other data, or has lost its checkpoints.
+        Raises FileExistsError when it holds a model, a run already, or one that has lost its checkpoints, and
+        ValueError when the run to resume had other settings or other data.
         """
-        self.folder, self.base, self.ranks, self.first = Path(cfg.out), Path(cfg.model), ranks, ranks.rank == 0
-        self.cfg, self.steps = cfg, steps
+        self.cfg, self.ranks, self.steps, self.folder = cfg, ranks, steps, Path(cfg.out)
+        self.first = ranks.rank == 0
         self.saved = 0  # step of the newest checkpoint
         self.pace = None  # (time, step) at the first log row of this process
-        self.writer = None
+        self.writer = None  # of --tensorboard
         if not self.first:
             return
-        settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k != "resume"}
-        settings["data_sha256"] = hashlib.sha256(Path(data).read_bytes()).hexdigest()
-        file, model = self.folder / "run.json", self.folder / "config.json"
+        file = self.folder / "run.json"
         if file.exists() and not cfg.resume:
             raise FileExistsError(f"{self.folder} holds a run already; take another --out, or --resume this one")
-        if file.exists():
-            self._compare(json.loads(file.read_text()), settings, data)
-        if model.exists() and not self._checkpoints():
-            what = "a run whose checkpoints are gone" if file.exists() else "a model, which the run would write over"
-            raise FileExistsError(f"{self.folder} holds {what}; take another --out")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        settings |= {"command": shlex.join(sys.argv), "commit": _commit(), "torch": torch.__version__}
-        _write(file, json.dumps(settings, indent=2) + "\n")
-        if cfg.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise ValueError("--tensorboard needs a package that is not installed: pip install tensorboard") from None
-            self.writer = SummaryWriter(self.folder)
-
-    def _compare(self, before: dict, now: dict, data: str) -> None:
-        """Raises ValueError for the first setting that is not what it was and should be."""
+        before = json.loads(file.read_text()) if file.exists() else {}
+        now = {name: value for name, value in dataclasses.asdict(cfg).items() if name != "resume"}
+        now["data_sha256"] = hashlib.sha256(Path(data).read_bytes()).hexdigest()
         for name, value in before.items():
-            if name in FREE or now.get(name) == value:
-                continue
-            if name == "data_sha256":
-                raise ValueError(f"{data} is not what {self.folder} learnt from; give that file, or take another --out")
-            raise ValueError(
-                f"{self.folder / 'run.json'}: --{name.replace('_', '-')} was {value!r}, now {now.get(name)!r}; "
-                "resume with the same settings or take another --out"
-            )
+            if name == "data_sha256" and value != now[name]:
+                raise ValueError(f"{data} is not what {self.folder} learnt from; give that or take another --out")
+            if name not in FREE and value != now.get(name):
+                what = f"--{name.replace('_', '-')} was {value!r}, now {now.get(name)!r}"
+                raise ValueError(f"{file}: {what}; resume with the same settings or take another --out")
+        if (self.folder / "config.json").exists() and not self._checkpoints():
+            what = "a run whose checkpoints are gone" if before else "a model, which the run would write over"
+            raise FileExistsError(f"{self.folder} holds {what}; take another --out")
+        if max(self._checkpoints(), default=0) >= steps:
+            return  # nothing to do; run.json still says what made the run
+        if cfg.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(self.folder)
+        status, commit = subprocess.getstatusoutput(f"git -C {shlex.quote(str(ROOT))} rev-parse HEAD")
+        now |= {"command": shlex.join(sys.argv), "commit": "unknown" if status else commit, "torch": torch.__version__}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with _replacing(file) as partial:
+            partial.write_text(json.dumps(now, indent=2) + "\n")
 
     def log(self, row: dict) -> None:
         """One step: a row of log.jsonl and a line on the screen, with an estimate of the time left."""
-        if not self.first:
-            return
-        self._append("log.jsonl", row)
         step, now = row["step"], time.time()
         self.pace = self.pace or (now, step)
         left = "?"
         if step > self.pace[1]:
             seconds = (self.steps - step) * (now - self.pace[0]) / (step - self.pace[1])
             left = f"{seconds / 3600:.1f} h" if seconds > 3600 else f"{seconds / 60:.0f} min"
-        numbers = {name: value for name, value in row.items() if name != "step"}
-        print(f"step {step}/{self.steps}, {left} left  {_line(numbers)}", flush=True)
+        self.add("log.jsonl", row, f"step {step}/{self.steps}, {left} left")
 
-    def evaluated(self, step: int, metrics: dict) -> None:
-        """One evaluation after `step` steps: a row of eval.jsonl and a line on the screen."""
-        if self.first:
-            self._append("eval.jsonl", {"step": step} | metrics)
-            print(f"evaluation after step {step}  {_line(metrics)}", flush=True)
-
-    def _append(self, name: str, row: dict) -> None:
-        """Add a row to a log. Raises OSError when it cannot be written."""
-        file = self.folder / name
+    def add(self, name: str, row: dict, title: str) -> None:
+        """Add a row to a log and print it behind `title`. Raises OSError when it cannot be written."""
+        if not self.first:
+            return
+        file, step, words = self.folder / name, row["step"], [title]
         try:
             with file.open("a") as rows:
                 rows.write(json.dumps(row) + "\n")
         except OSError as error:
-            raise OSError(f"{file}: could not add step {row['step']} ({error}); the last checkpoint is kept") from error
-        if self.writer:
-            for key, value in row.items():
-                if isinstance(value, int | float):
-                    self.writer.add_scalar(f"{file.stem}/{key}", value, row["step"])
+            raise OSError(f"{file}: could not add step {step} ({error}); the last checkpoint is kept") from error
+        for key, value in row.items():
+            if self.writer and isinstance(value, int | float):
+                self.writer.add_scalar(f"{file.stem}/{key}", value, step)
+            if key != "step" and not isinstance(value, dict):
+                shown = f"{value:.4g}" if isinstance(value, float) else value
+                words.append(f"{key} {'–' if value is None else shown}")
+        print("  ".join(words), flush=True)
 
     def end_step(self, model: Transformer, optimizer: torch.optim.Optimizer, step: int, stop) -> bool:
-        """Save if it is time to; whether the run has been asked to stop, which saves too."""
+        """Save if it is time to. If a signal asks to stop after `step` steps, save in any case and return True."""
         if step % self.cfg.save_every == 0 or step == self.steps:
             self.save(model, optimizer, step)
-        if stopped := stop.agreed():
-            self.stop(model, optimizer, step)
-        return stopped
+        if not stop.agreed():
+            return False
+        self.save(model, optimizer, step)
+        if self.first:
+            print(f"stopped by a signal; {step} steps are done, --resume continues from there", flush=True)
+        return True
 
     def save(self, model: Transformer, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """Checkpoint after `step` steps. Raises OSError when it cannot be written; the one before is then untouched."""
+        """Checkpoint after `step` steps. Raises OSError when it cannot be written; the one before is untouched."""
         if step == self.saved:
             return
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # as of one process, whatever their number
-        state = {  # all ranks take part in gathering it; the first has it whole
-            "step": step,
-            "model": get_model_state_dict(model, options=options),
-            "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
-        }
+        options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights, moments = dcp.get_state_dict(model, optimizer, options=options)  # gathered: all ranks take part
         if self.first:
-            self._write_checkpoint(model, state, step)
+            self._write_checkpoint(model, {"step": step, "model": weights, "optimizer": moments})
         self.saved = step
 
-    def _write_checkpoint(self, model: Transformer, state: dict, step: int) -> None:
+    def _write_checkpoint(self, model: Transformer, state: dict) -> None:
         """step-N as a whole or not at all, then the links to it, then away with those that are too old."""
-        if any(isinstance(p, DTensor) for p in model.parameters()):
-            whole = Transformer(model.config, model.dtype)
-            whole.load_state_dict(state["model"])
-            model = whole
-        scratch, checkpoint, log = (self.folder / name for name in ("saving.tmp", f"step-{step}", "log.jsonl"))
+        step = state["step"]
+        if self.ranks.size > 1:
+            model = Transformer(model.config, model.dtype)
+            model.load_state_dict(state["model"])
+        scratch, checkpoint = self.folder / "saving.tmp", self.folder / f"step-{step}"
         try:
             shutil.rmtree(scratch, ignore_errors=True)
             model.save_pretrained(scratch)
-            for file in filter(lambda file: TOKENIZER.match(file.name), self.base.iterdir()):
-                shutil.copyfile(file, scratch / file.name)
+            for file in Path(self.cfg.model).iterdir():
+                if file.name.startswith(TOKENIZER):
+                    shutil.copyfile(file, scratch / file.name)
             torch.save(state, scratch / STATE)
-            for path in (*scratch.iterdir(), scratch, *([log] if log.exists() else [])):
+            for path in (*scratch.iterdir(), scratch, *self.folder.glob("*.jsonl")):
                 _sync(path)
             shutil.rmtree(checkpoint, ignore_errors=True)  # there is one if it could not be read
             os.rename(scratch, checkpoint)
             self._publish(checkpoint)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors on a full disk
             shutil.rmtree(scratch, ignore_errors=True)
-            raise OSError(
-                f"{self.folder}: could not save step {step} ({error}); the checkpoint before it is whole"
-            ) from error
+            what = f"{self.folder}: could not save step {step} ({error}); the checkpoint before it is whole"
+            raise OSError(what) from error
         steps = self._checkpoints()
         kept = [n for n in steps if n <= step][-self.cfg.keep :]  # later ones were unreadable on resume
         for n in set(steps) - set(kept):
             shutil.rmtree(self.folder / f"step-{n}", ignore_errors=True)
 
-    def stop(self, model: Transformer, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """Checkpoint after `step` steps because a signal asked to stop, and say so."""
-        if step:
-            self.save(model, optimizer, step)
-        if self.first:
-            print(f"stopped by a signal; {step} steps are done, --resume continues from there", flush=True)
-
     def restore(self, model: Transformer, optimizer: torch.optim.Optimizer) -> int:
-        """Load the newest checkpoint that can be read, cut the logs to its step, and return the number of steps done.
+        """Load the newest checkpoint that can be read, cut the logs to its step and return it, 0 if there is none.
 
-        Without --resume, or without a checkpoint, that is 0. Each checkpoint that cannot be read is named in a warning.
-        Raises ValueError when there are some and none can be read.
+        Each checkpoint that cannot be read is named in a warning. Raises ValueError when none can be read.
         """
         state = self._newest() if self.first and self.cfg.resume else {"step": 0}
-        (step,) = self.ranks.gather([state["step"]] if self.first else [])
-        self.saved = step
+        self.saved = step = int(self.ranks.sum([state["step"]])[0])  # that of the first rank, the others add 0
         if step:
             alone = self.ranks.size == 1
-            options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=not alone)
+            options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=not alone)
             if self.cfg.offload and alone:
                 model.to("cpu")  # or the optimizer state would pass through the GPU, all of it at once
-            set_model_state_dict(model, state.get("model", {}), options=options)
-            set_optimizer_state_dict(model, optimizer, state.get("optimizer", {}), options=options)
+            dcp.set_model_state_dict(model, state.get("model", {}), options=options)
+            dcp.set_optimizer_state_dict(model, optimizer, state.get("optimizer", {}), options=options)
             if self.cfg.offload:
                 model.to(self.ranks.device)
                 for moments in optimizer.state.values():
                     move(moments, "cpu")
         if self.first:
             for log in filter(Path.exists, (self.folder / "log.jsonl", self.folder / "eval.jsonl")):
-                lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]  # none torn
-                _write(log, "".join(line for line in lines if step and json.loads(line)["step"] <= step))
+                rows = [row for row in log.read_bytes().splitlines(keepends=True) if row.endswith(b"\n")]  # none torn
+                os.truncate(log, sum(len(row) for row in rows if step and json.loads(row)["step"] <= step))
             if step >= self.steps:
                 print(f"{self.folder}: {step} steps are done, the settings ask for {self.steps}; nothing to do")
         return step
@@ -226,8 +198,8 @@ class Run:
 
     def _checkpoints(self) -> list[int]:
         """The steps that there are checkpoints of, rising."""
-        found = (re.fullmatch(r"step-(\d+)", file.name) for file in self.folder.glob("step-*"))
-        return sorted(int(match[1]) for match in found if match)
+        names = (file.name.removeprefix("step-") for file in self.folder.glob("step-*"))
+        return sorted(int(name) for name in names if name.isdecimal())
 
     def _newest(self) -> dict:
         """The state of the newest checkpoint that can be read; that of step 0 when there is no checkpoint at all."""
@@ -236,8 +208,7 @@ class Run:
             checkpoint = self.folder / f"step-{n}"
             try:
                 for weights in checkpoint.glob("*.safetensors"):
-                    with safe_open(weights, framework="pt"):
-                        pass  # its length is checked
+                    safe_open(weights, framework="pt")  # checks its length
                 state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
             except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
                 why = str(error).partition("\n")[0]
@@ -251,18 +222,12 @@ class Run:
 
     def _publish(self, checkpoint: Path) -> None:
         """Make the run folder itself a Hugging Face folder with the model of this checkpoint."""
-        for file in checkpoint.iterdir():
-            if file.name == STATE:
-                continue
-            link = self.folder / f"{file.name}.partial"
-            link.unlink(missing_ok=True)
-            try:
-                os.link(file, link)
-            except OSError:  # not every file system has hard links
-                shutil.copyfile(file, link)
-                _sync(link)
-            os.replace(link, self.folder / file.name)
-            link.unlink(missing_ok=True)  # renaming onto a link to the same file does nothing
+        for file in set(checkpoint.iterdir()) - {checkpoint / STATE}:
+            with _replacing(self.folder / file.name) as partial:
+                try:
+                    os.link(file, partial)
+                except OSError:  # not every file system has hard links
+                    shutil.copyfile(file, partial)
         _sync(self.folder)
 
 
@@ -271,38 +236,22 @@ def move(state: dict, device: str | torch.device) -> None:
     state.update({name: x.to(device) for name, x in state.items() if isinstance(x, torch.Tensor)})
 
 
-def _line(numbers: dict) -> str:
-    """Names and numbers in one line, without tables inside tables."""
-    found = {name: "–" if value is None else value for name, value in numbers.items() if not isinstance(value, dict)}
-    return "  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in found.items())
-
-
-def _commit() -> str:
-    """The commit of this code, "unknown" outside of a git checkout."""
-    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file by way of a temporary one, so that a full disk leaves the one before."""
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary name for a new version of a file, then puts it in place; a full disk leaves the old one."""
     partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_text(text)
+        partial.unlink(missing_ok=True)
+        yield partial
         _sync(partial)
         os.replace(partial, path)
     finally:
-        partial.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)  # renaming onto a link to the same file does nothing
 
 
 def _sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
-    if os.name == "nt":  # which cannot open a folder
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
+    if os.name != "nt":  # which cannot open a folder
+        handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
-    finally:
         os.close(handle)

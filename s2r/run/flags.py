@@ -30,76 +30,71 @@ ROOT = Path(__file__).resolve().parents[2]
 TOY = "to see the whole method on a toy problem, run: python -m s2r.toy"
 
 
-def parse(config: type, argv: list[str] | None = None):
+def from_command_line(config: type, argv: list[str] | None = None):
     """The flat dataclass `config` from the command line: a flag per field, its help the comment beside the field.
 
     Exits with usage and status 2 for an unknown flag, a value of the wrong type, or a missing required flag.
     """
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config), re.MULTILINE))
-    doc = sys.modules[config.__module__].__doc__
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    types, required = typing.get_type_hints(config), []
+    doc, layout = sys.modules[config.__module__].__doc__, argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=layout, allow_abbrev=False)
+    types, required = typing.get_type_hints(config), {}  # name → flag
     for field in dataclasses.fields(config):
-        flag, kind = "--" + field.name.replace("_", "-"), types[field.name]
-        default, shown = field.default, f" [{field.default}]"
-        if default is dataclasses.MISSING:
-            default, shown = None, " (required)"
-            required.append(field.name)
-        help = f"{comments[field.name]}{shown}".replace("%", "%%")
-        if kind is bool:
-            parser.add_argument(flag, action="store_true", help=help)
-        elif kind == list[str]:
-            parser.add_argument(field.name, nargs="*", help=comments[field.name])
+        name, kind, parts = field.name, types[field.name], typing.get_args(types[field.name])
+        flag, default, shown = "--" + name.replace("_", "-"), field.default, f"[{field.default}]"
+        if kind == list[str]:
+            flag, options = name, {"nargs": "*"}
+        elif kind is bool:
+            options = {"action": "store_true"}
         elif typing.get_origin(kind) is typing.Literal:
-            parser.add_argument(flag, choices=typing.get_args(kind), default=default, help=help)
+            options = {"choices": parts}
         elif typing.get_origin(kind) is tuple:
-            parts = typing.get_args(kind)
-            parser.add_argument(flag, nargs=len(parts), type=parts[0], default=default, help=help)
+            options = {"nargs": len(parts), "type": parts[0]}
         else:
-            parser.add_argument(flag, type=kind, default=default, metavar=kind.__name__.upper(), help=help)
+            options = {"type": kind, "metavar": kind.__name__.upper()}
+        if default is dataclasses.MISSING:
+            required[name], default, shown = flag, None, "(required)"
+        help = f"{comments[name]} {shown}".replace("%", "%%")
+        parser.add_argument(flag, default=default, help=help, **options)
     values = vars(parser.parse_args(argv))
-    if missing := [name for name in required if not values[name]]:
-        wanted = (name if types[name] == list[str] else "--" + name.replace("_", "-") for name in missing)
-        parser.error(f"missing: {', '.join(wanted)} (--help explains them); {TOY}")
+    if missing := [flag for name, flag in required.items() if not values[name]]:
+        parser.error(f"missing: {', '.join(missing)} (--help explains them); {TOY}")
     return config(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 def check(cfg, *positive: str) -> None:
-    """Raises ValueError for the first number of `cfg` that is negative or not finite, or not above 0 if in `positive`."""
+    """Raises ValueError for a number of `cfg` that is negative or not finite, or 0 although named in `positive`."""
     for name, value in vars(cfg).items():
         for number in value if isinstance(value, tuple) else (value,):
-            if not isinstance(number, int | float):
+            if isinstance(number, str) or 0 < number < math.inf or (number == 0 and name not in positive):
                 continue
-            if not (math.isfinite(number) and number >= 0) or (name in positive and number == 0):
-                wanted = "above 0" if name in positive else "0 or more"
-                raise ValueError(f"--{name.replace('_', '-')} {number}: give a finite number, {wanted}")
+            wanted = "above 0" if name in positive else "0 or more"
+            raise ValueError(f"--{name.replace('_', '-')} {number}: give a finite number, {wanted}")
 
 
 def start(main: Callable, config: type) -> None:
     """Run `main` on its flags. An error about the user's input is printed as one line, without a traceback, status 2.
 
-    Such an error is a ValueError raised in this repository, or an OSError from anywhere, which names the file. A
-    ValueError out of a library keeps its traceback. Out of memory is one line too, with the flags that take less.
+    Such an error is a ValueError raised in this repository, an OSError from anywhere, which names the file, or a
+    package that is not installed. Out of memory is one line too, with the flags that take less.
     """
     try:
-        main(parse(config))
-    except (ValueError, OSError) as error:
+        main(from_command_line(config))
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         file = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
         ours = file.parent == ROOT or any(file.is_relative_to(ROOT / room) for room in ("s2r", "kernels"))
         if isinstance(error, ValueError) and not ours:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        hint = f"; pip install {error.name}" if isinstance(error, ModuleNotFoundError) else ""
+        print(f"error: {error}{hint}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         said = str(error).partition("\n")[0]
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in said:
             raise
-        flags = {field.name for field in dataclasses.fields(config)}
-        less = [f"a lower --{name.replace('_', '-')}" for name in ("tokens_per_microbatch", "slots") if name in flags]
-        more = [f"--{name}" for name in ("checkpointing", "offload") if name in flags]
-        print(f"error: out of memory ({said}); what takes less: {', '.join(less + more)}", file=sys.stderr)
+        less = [f"a lower --{n.replace('_', '-')}" for n in ("tokens_per_microbatch", "slots") if hasattr(config, n)]
+        less += [f"--{n}" for n in ("checkpointing", "offload") if hasattr(config, n)]
+        print(f"error: out of memory ({said}); what takes less: {', '.join(less)}", file=sys.stderr)
         sys.exit(2)
     if dist.is_initialized():
         dist.barrier()  # the first rank may still be writing

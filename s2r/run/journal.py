@@ -20,7 +20,7 @@ class Journal:
     def __init__(self, cfg, problems: Sequence[Problem], dtype) -> None:
         """Opens `cfg.out`.begun. Raises ValueError when it belongs to another model, data set or setting."""
         self.path, self.known = Path(f"{cfg.out}.begun") if cfg.out else None, []
-        if self.path is None:
+        if not cfg.out:
             return
         check_output(self.path)
         self.settings = {name: getattr(cfg, name) for name in ("n", "temperature", "max_new_tokens", "seed")}
@@ -30,23 +30,20 @@ class Journal:
         self.settings["dtype"] = str(dtype)
         if self.path.exists() and drop_torn_line(self.path):
             begun, *rows = read_jsonl(self.path)
-            if other := [name for name, value in self.settings.items() if begun.get(name) != value]:
-                raise ValueError(
-                    f"{self.path} holds rollouts of a run that was cut short, with another --{other[0].replace('_', '-')} "
-                    f"({begun.get(other[0])}); give the same flags to continue it, or delete it"
-                )
+            for name, value in self.settings.items():
+                if begun.get(name) != value:
+                    was = f"rollouts of a run that was cut short, with --{name.replace('_', '-')} {begun.get(name)}"
+                    raise ValueError(f"{self.path} holds {was}; give the same flags to continue it, or delete it")
             self.known = [Rollout(**row) for row in rows]
             print(f"continuing a run that was cut short: {len(self.known):,} rollouts are there")
 
     def add(self, rollout: Rollout) -> None:
         """Write a rollout that has ended."""
-        if self.path is None:
-            return
-        with self.path.open("a", encoding="utf-8") as file:
-            for row in [asdict(rollout)] if file.tell() else [self.settings, asdict(rollout)]:
-                file.write(json.dumps(row) + "\n")
+        if self.path:
+            with self.path.open("a") as file:
+                for row in [asdict(rollout)] if file.tell() else [self.settings, asdict(rollout)]:
+                    file.write(json.dumps(row) + "\n")
 
     def remove(self) -> None:
         """Delete the file, once the rollout file is written."""
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)

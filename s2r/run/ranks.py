@@ -2,15 +2,16 @@
 
     torchrun --nproc-per-node 8 train_rl.py …             the same flags as without; `--nnodes` for more machines
 
-Every rank knows the whole step: the batch, and once sampled all its rollouts. It samples its share of the problems and
-scores and learns from its share of the tokens; denominators are those of the whole step, so that the number of ranks
-changes the step no more than the size of a micro-batch does. Parameters, gradients and optimizer state are spread over
-the ranks by `fully_shard` (FSDP2): fp32 master weights, compute in the model's dtype, gradients added up in fp32. A rank
-samples from a whole copy of its own, so nothing has to be exchanged inside decoding.
+Every rank knows the whole step: the batch, and once sampled all its rollouts. It samples for its part of the
+problems and learns from its part of the tokens; denominators are those of the whole step, so that the number of ranks
+changes the step no more than the size of a micro-batch does. Parameters, gradients and optimizer state are spread
+over the ranks by `fully_shard` (FSDP2): fp32 master weights, compute in the model's dtype, gradients added up in
+fp32. A rank samples from a whole copy of its own, so nothing has to be exchanged inside decoding.
 """
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 
 import torch
@@ -18,14 +19,12 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from s2r.data import Problem
 from s2r.model import Transformer
 from s2r.packing import Pack, pack
-from s2r.rollouts import roll_out
 
 
 class Ranks:
-    """The processes that torchrun started, or this one alone. With one process every method is trivial."""
+    """The processes that torchrun started, or this one alone, for which every method is trivial."""
 
     def __init__(self, device: torch.device):
         self.rank, self.size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -47,7 +46,7 @@ class Ranks:
             fully_shard(model, mesh=mesh, mp_policy=policy)
 
     def share(self, costs: Sequence[int]) -> list[int]:
-        """This rank's part of items with these costs, in rising order: the most expensive first, each to the least busy rank."""
+        """Indices of this rank's items, rising. The most expensive is dealt first, each to the least busy rank."""
         busy, mine = [0] * self.size, []
         for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
             rank = busy.index(min(busy))
@@ -65,7 +64,8 @@ class Ranks:
             return packs
         most = torch.tensor(len(packs), device=self.device)
         dist.all_reduce(most, dist.ReduceOp.MAX)
-        return packs + [_nothing(self.device)] * (int(most) - len(packs))
+        (nothing,) = pack([[0]], [[]], 1, self.device)  # one token, no target: its loss and gradients are zero
+        return packs + [replace(nothing, rows=[])] * (int(most) - len(packs))
 
     def gather(self, items: list) -> list:
         """The items of all ranks in the order of the ranks, on every rank. They are pickled: no large tensors."""
@@ -79,21 +79,6 @@ class Ranks:
         """The sums over all ranks."""
         if self.size == 1:
             return list(values)
-        total = torch.tensor(values, dtype=torch.float64 if self.device.type == "cpu" else torch.float32)
-        total = total.to(self.device)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
-
-
-def roll_out_shares(ranks: Ranks, sampler: Transformer, tokenizer, problems: Sequence[Problem], **settings) -> list:
-    """`roll_out`, each rank a part of the problems; every rank gets all trajectories, problem by problem."""
-    mine = list(range(ranks.rank, len(problems), ranks.size))
-    found = roll_out(sampler, tokenizer, [problems[i] for i in mine], streams=mine, **settings)
-    place = {problem.unique_id: i for i, problem in enumerate(problems)}
-    return sorted(ranks.gather(found), key=lambda t: (place[t.problem.unique_id], t.sample))
-
-
-def _nothing(device: torch.device) -> Pack:
-    """A micro-batch of one token and no target: its loss is zero, and so are its gradients."""
-    (empty,) = pack([[0]], [[]], 1, device)
-    return Pack([], empty.ids, empty.cu_seqlens, empty.scored)

@@ -23,9 +23,9 @@ class Stage:
         """Run the command on one thread and print its lines behind its name. Raises ValueError when it fails."""
         print("\n$ python", *self.command, flush=True)
         start = time.perf_counter()
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "10"}
-        pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
-        with subprocess.Popen([sys.executable, *self.command], env=environment, **pipe) as process:
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+        options["env"] = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "10"}
+        with subprocess.Popen([sys.executable, *self.command], **options) as process:
             for line in filter(str.strip, process.stdout):
                 print(f"{Path(self.makes).name:>15} │ {line}", end="", flush=True)
         if process.returncode or not Path(self.makes).exists():
@@ -40,15 +40,13 @@ def make(stages: list[Stage], at_once: int = os.cpu_count()) -> None:
     """
     there = [stage for stage in stages if Path(stage.makes).exists()]
     made = [s for s in there if Path(s.makes).is_file() or any(s.makes in user.needs for user in there)]
-    waiting, running = [stage for stage in stages if stage not in made], {}
+    left, running = [stage for stage in stages if stage not in made], {}
     with ThreadPoolExecutor(at_once) as pool:
-        while waiting or running:
-            pending = {stage.makes for stage in (*waiting, *running.values())}
-            ready = [stage for stage in waiting if pending.isdisjoint(stage.needs)]
-            for stage in ready[: at_once - len(running)]:
-                waiting.remove(stage)
-                running[pool.submit(stage.run)] = stage
-            assert running, f"stages that need each other: {waiting}"
+        while left:
+            pending = {stage.makes for stage in left}
+            ready = [s for s in left if s not in running.values() and pending.isdisjoint(s.needs)]
+            running |= {pool.submit(stage.run): stage for stage in ready[: at_once - len(running)]}
+            assert running, f"stages that need each other: {left}"
             for done in wait(running, return_when=FIRST_COMPLETED).done:
-                del running[done]
+                left.remove(running.pop(done))
                 done.result()

@@ -111,7 +111,7 @@ def as_self_check(reply: str) -> str:
 
 def local_model(cfg: Config, todo: Sequence[dict]) -> Verified:
     """A Hugging Face folder, through our own sampler. Raises ValueError as `pick` and `load` do."""
-    model, tokenizer = load(cfg.model, *pick(cfg.device, cfg.dtype))
+    model, tokenizer = load(cfg, *pick(cfg))
     sampling = {"temperature": cfg.temperature, "max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed}
 
     def replies(questions: Sequence[str], step: int) -> Iterator[tuple[int, str]]:
