@@ -31,7 +31,10 @@ def tokenizer(folder) -> Tokenizer:
 
 
 def of(problem: str, code: str, tokenizer: Tokenizer):
-    return replace(response(code, tokenizer), problem=Problem("3+4?", "7", problem))
+    """The trajectory of a code as in test_rl.py, of a problem of this name, its text as in a rollout file."""
+    trajectory = response(code, tokenizer)
+    text = tokenizer.decode(trajectory.ids[:-1])  # without the stop token
+    return replace(trajectory, problem=Problem("3+4?", "7", problem), text=text)
 
 
 # --- which rollouts, METHOD: offline RL ---
