@@ -34,7 +34,7 @@ class Trajectory:
     actions: list[Action]  # spans index `ids`
 
     @classmethod
-    def judged(cls, tokenizer: Tokenizer, problem: Problem, ids: list[int], finished: bool, **fields) -> "Trajectory":
+    def judged(cls, tokenizer: Tokenizer, problem: Problem, ids: list[int], *, finished: bool, **fields) -> "Trajectory":
         """The trajectory of sampled ids: reads their text and actions, and judges these by the problem's answer."""
         text = tokenizer.decode(ids[:-1] if finished else ids)
         actions = judge(parse(ids, tokenizer), problem.answer)
@@ -84,7 +84,7 @@ def load_rollouts(path: str | Path, tokenizer: Tokenizer) -> list[Trajectory]:
             problem = Problem(row["problem"], str(row["answer"]), str(row["unique_id"]), row.get("level"))
             trajectories.append(
                 Trajectory.judged(
-                    tokenizer, problem, ids, bool(row["finished"]), prompt_ids=prompt_ids, logp=logp,
+                    tokenizer, problem, ids, finished=bool(row["finished"]), prompt_ids=prompt_ids, logp=logp,
                     sample=int(row["sample"]), temperature=float(row["temperature"]),
                 )
             )  # fmt: skip
@@ -116,8 +116,8 @@ def roll_out(
     rollouts = generate(model, prompts, temperature=temperature, stop_ids=tokenizer.stop_ids, **options)
     return [
         Trajectory.judged(
-            tokenizer, problems[r.prompt], r.ids, r.finished,
-            sample=r.sample, temperature=temperature, prompt_ids=prompts[r.prompt], logp=r.logp,
+            tokenizer, problems[r.prompt], r.ids, finished=r.finished, prompt_ids=prompts[r.prompt], logp=r.logp,
+            sample=r.sample, temperature=temperature,
         )
         for r in rollouts
     ]  # fmt: skip
