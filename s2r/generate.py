@@ -37,23 +37,12 @@ class Rollout:
 
 
 def generate(
-    model: Transformer,
-    prompts: Sequence[list[int]],
-    *,
-    n: int = 1,
-    temperature: float = 1.0,
-    max_new_tokens: int,
-    stop_ids: Iterable[int],
-    seed: int = 0,
-    step: int = 0,
-    streams: Sequence[int] | None = None,
-    slots: int = 128,
-    prefill_tokens: int = PREFILL,
-    progress: bool = True,
-    stop: Callable[[], bool] = lambda: False,
-    known: Iterable[Rollout] = (),
+    model: Transformer, prompts: Sequence[list[int]], *,
+    n: int = 1, temperature: float = 1.0, max_new_tokens: int, stop_ids: Iterable[int], seed: int = 0, step: int = 0,
+    streams: Sequence[int] | None = None, slots: int = 128, prefill_tokens: int = PREFILL, progress: bool = True,
+    stop: Callable[[], bool] = lambda: False, known: Iterable[Rollout] = (),
     each: Callable[[Rollout], None] = lambda rollout: None,
-) -> list[Rollout]:
+) -> list[Rollout]:  # fmt: skip
     """Sample n responses to each prompt, from the whole distribution softmax(logits / temperature); 0 takes the argmax.
 
     `streams` names the random stream of each prompt (default: its index), so that a share of the prompts, on another

@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from s2r.grammar import Action
 
@@ -56,7 +57,7 @@ def reward_contexts(rewards: Sequence[float]) -> list[tuple[float, ...]]:
     return [tuple(rewards[:t]) for t in range(len(rewards))]
 
 
-def leave_one_out(rewards: torch.Tensor) -> torch.Tensor:
+def leave_one_out(rewards: Tensor) -> Tensor:
     """b̂ of (2): for each of the M rollouts of a problem, the mean reward of the other M − 1. (N, M) → (N, M).
 
     Raises ValueError for M = 1, where no other rollout is left.
@@ -112,9 +113,7 @@ def online_credit(trajectories: Sequence, level: str, rollouts: int) -> list[Cre
     return [Credit(*credit) for credit in zip(lengths, reward, baseline)]
 
 
-def spans(
-    credits: Sequence[Credit], trajectories: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def spans(credits: Sequence[Credit], trajectories: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A micro-batch of credits as tensors: span (Q,) int64, reward (J,), baseline (J,), weight (J,).
 
     `trajectories` is B, the number in the whole update. The weights carry the expectation of (3) and (6): 1/B for a
@@ -128,20 +127,14 @@ def spans(
     return span, reward, baseline, torch.tensor(weight, device=device)
 
 
-def span_sum(x: torch.Tensor, span: torch.Tensor, spans: int) -> torch.Tensor:
+def span_sum(x: Tensor, span: Tensor, spans: int) -> Tensor:
     """Sum of x (Q,) over the tokens of each span, (J,) in fp32; `span` (Q,) int64 holds each token's span number."""
     return torch.zeros(spans, device=x.device).index_add(0, span, x.float())
 
 
 def advantages(
-    reward: torch.Tensor,
-    baseline: torch.Tensor,
-    logp_old: torch.Tensor,
-    logp_ref: torch.Tensor,
-    span: torch.Tensor,
-    *,
-    beta: float,
-) -> torch.Tensor:
+    reward: Tensor, baseline: Tensor, logp_old: Tensor, logp_ref: Tensor, span: Tensor, *, beta: float
+) -> Tensor:
     """A of (2) and (5), (J,): reward − baseline − β·log(π_old/π_ref), the log-ratio summed over the span's tokens.
 
     reward and baseline (J,); logp_old, logp_ref and span (Q,).
@@ -150,14 +143,8 @@ def advantages(
 
 
 def policy_loss(
-    logp: torch.Tensor,
-    logp_old: torch.Tensor,
-    span: torch.Tensor,
-    advantage: torch.Tensor,
-    weight: torch.Tensor,
-    *,
-    epsilon: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    logp: Tensor, logp_old: Tensor, span: Tensor, advantage: Tensor, weight: Tensor, *, epsilon: float
+) -> tuple[Tensor, Tensor]:
     """L of (3) and (6), −Σ weight · min(r·A, clip(r, 1−ε, 1+ε)·A), and the ratio r of each span, (J,), detached.
 
     logp (Q,) has the gradient, logp_old and span (Q,) do not; advantage and weight (J,), the weights those of `spans`,

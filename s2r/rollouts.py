@@ -1,6 +1,8 @@
-"""Judged responses: problem → prompt → sampled ids → actions → right or wrong. And the file that keeps them.
+"""From problems to judged trajectories, and the rollout file that stores them.
 
-`sample.py` and `train_rl.py` sample by `roll_out`; `s2r/offline.py` reads the file.
+    problem ─ prompt ─▶ ids ─ generate ─▶ ids of a response ─ parse ─▶ actions ─ judge ─▶ right or wrong, true or untrue
+
+`sample.py` and `train_rl.py` sample with `roll_out`. `s2r/offline.py` reads rollout files with `load_rollouts`.
 """
 
 from collections.abc import Sequence
@@ -34,27 +36,15 @@ class Trajectory:
 
     def to_row(self) -> dict:
         """The row of a rollout file: problem, ids, log-probabilities, actions with their rewards R_a, and R_o."""
-        actions = []
+        own = ("sample", "temperature", "prompt_ids", "ids", "logp", "finished", "text")
+        row = {name: getattr(self.problem, name) for name in ("unique_id", "problem", "answer", "level")}
+        row |= {name: getattr(self, name) for name in own} | {"actions": []}
+        row["logp"] = [round(x, 6) for x in self.logp]
         for action, reward in zip(self.actions, rl.process_rewards(self.actions, self.finished)):
             read = {"answer": action.answer} if action.kind == "solve" else {"verdict": action.verdict}
-            actions.append(
-                {"kind": action.kind, "start": action.start, "end": action.end, **read, "reward": int(reward)}
-            )
-        return {
-            "unique_id": self.problem.unique_id,
-            "problem": self.problem.problem,
-            "answer": self.problem.answer,
-            "level": self.problem.level,
-            "sample": self.sample,
-            "temperature": self.temperature,
-            "prompt_ids": self.prompt_ids,
-            "ids": self.ids,
-            "logp": [round(x, 6) for x in self.logp],
-            "finished": self.finished,
-            "text": self.text,
-            "actions": actions,
-            "reward": int(rl.outcome_reward(self.actions)),
-        }
+            span = {"kind": action.kind, "start": action.start, "end": action.end}
+            row["actions"].append(span | read | {"reward": int(reward)})
+        return row | {"reward": int(rl.outcome_reward(self.actions))}
 
 
 def load_rollouts(path: str | Path, tokenizer: Tokenizer) -> list[Trajectory]:
@@ -105,33 +95,14 @@ def encode_prompts(problems: Sequence[Problem], tokenizer: Tokenizer, context: i
 
 
 def roll_out(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    problems: Sequence[Problem],
-    *,
-    n: int,
-    temperature: float,
-    max_new_tokens: int,
-    seed: int,
-    step: int = 0,
-    **options,
+    model: Transformer, tokenizer: Tokenizer, problems: Sequence[Problem], *, temperature: float, **options
 ) -> list[Trajectory]:
-    """Sample n responses to each problem and judge them, in the order problem 0 sample 0, problem 0 sample 1, …
+    """Sample responses to each problem and judge them, in the order problem 0 sample 0, problem 0 sample 1, …
 
-    `options` go to `generate`. Raises ValueError as `encode_prompts` does.
+    `options` (n, max_new_tokens, seed, …) go to `generate`. Raises ValueError as `encode_prompts` does.
     """
     prompts = encode_prompts(problems, tokenizer, model.config.max_positions)
-    rollouts = generate(
-        model,
-        prompts,
-        n=n,
-        temperature=temperature,
-        max_new_tokens=max_new_tokens,
-        stop_ids=tokenizer.stop_ids,
-        seed=seed,
-        step=step,
-        **options,
-    )
+    rollouts = generate(model, prompts, temperature=temperature, stop_ids=tokenizer.stop_ids, **options)
     return [
         Trajectory(
             problem=problems[r.prompt],
