@@ -117,11 +117,8 @@ class Tokenizer:
         backend.no_padding()
 
         config = _optional(folder / "tokenizer_config.json")
-        special = {}
-        for name, token in config.items():
-            token = token.get("content") if isinstance(token, dict) else token
-            if name.endswith("_token") and isinstance(token, str):
-                special[name] = token
+        tokens = {name: token.get("content") if isinstance(token, dict) else token for name, token in config.items()}
+        special = {name: token for name, token in tokens.items() if name.endswith("_token") and isinstance(token, str)}
         last, eos_ids = max(backend.get_vocab(with_added_tokens=True).values()), set()
         for name in ("generation_config.json", "config.json"):
             found = _optional(folder / name).get("eos_token_id")
