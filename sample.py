@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from s2r import rl
 from s2r.data import Problem, check_output, load_problems, write_jsonl
 from s2r.grade import parsable
 from s2r.metrics import at_k, summarize
@@ -68,8 +67,8 @@ def main(cfg: Config) -> None:
         write_jsonl(cfg.out, (trajectory.to_row() for trajectory in trajectories))
         journal.remove()
     if cfg.html:
-        credits, title = rl.online_credit(trajectories, "process", cfg.n), f"{cfg.model} on {cfg.ask or cfg.data}"
-        Path(cfg.html).write_text(page(trajectories, credits, tokenizer, title), "utf-8")
+        title = f"{cfg.model} on {cfg.ask or cfg.data}"
+        Path(cfg.html).write_text(page(trajectories, tokenizer, title), "utf-8")
     if cfg.ask:
         return
     sampled = sum(len(t.ids) for t in trajectories) - sum(len(rollout.ids) for rollout in journal.known)
