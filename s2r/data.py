@@ -71,8 +71,7 @@ def read_jsonl(path: str | Path) -> list[dict]:
         raise FileNotFoundError(f"{path}: no such file; give a JSON-lines file, one object per line")
     rows = []
     with path.open("rb") as file:
-        for line in filter(bytes.strip, file):
-            number = len(rows) + 1
+        for number, line in enumerate(filter(bytes.strip, file), start=1):
             try:
                 row = json.loads(line.decode("utf-8-sig"), parse_constant=int)  # int("NaN") is refused
                 if b"\\ud" in line.lower():  # half of a surrogate pair passes json.loads and breaks every tokenizer
@@ -80,9 +79,7 @@ def read_jsonl(path: str | Path) -> list[dict]:
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}: row {number}: not JSON ({error}); write one object per line") from error
             if not isinstance(row, dict):
-                raise ValueError(
-                    f'{path}: row {number}: a {type(row).__name__}, not an object like {{"problem": …, "answer": …}}'
-                )
+                raise ValueError(f"{path}: row {number}: a {type(row).__name__}, not an object like {{…}}")
             rows.append(row)
     if not rows:
         raise ValueError(f"{path}: no rows; the file is empty")
@@ -90,7 +87,7 @@ def read_jsonl(path: str | Path) -> list[dict]:
 
 
 def drop_torn_line(path: Path) -> bool:
-    """Cut off the last line of a file if a crash left it without its end; whether anything but white space is left."""
+    """Cut off the last line of a file if a crash left it without its end. Returns whether any text is left."""
     content = path.read_bytes()
     whole = content.rfind(b"\n") + 1
     if whole != len(content):
@@ -107,10 +104,7 @@ def check_output(path: str | Path) -> None:
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
-    """Writes rows to `path` by way of a temporary file, so that a crash leaves the old file or the new one.
-
-    Raises ValueError as `check_output` does.
-    """
+    """Write rows by way of a temporary file: a crash leaves the old one or the new. Raises as `check_output`."""
     check_output(path)
     partial = Path(f"{path}.partial")
     with partial.open("w", encoding="utf-8") as file:
@@ -120,11 +114,11 @@ def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
 
 
 def load_problems(path: str | Path, limit: int = 0) -> list[Problem]:
-    """Problems of a file of its first `limit` rows (0: all).
+    """The problems in the first `limit` rows of a file (0: in all).
 
     Rows whose answer is the empty string, of which public sets hold a few, are skipped, and a line names them.
     Raises FileNotFoundError, and ValueError naming file and rows: no problem, no answer, an answer that cannot be
-    graded against, a `unique_id` seen before, no row left.
+    graded against, a `unique_id` that another row has, no row left.
     """
     if limit < 0:
         raise ValueError(f"limit {limit}: give a number of problems, 0 for all")
@@ -146,10 +140,7 @@ def load_problems(path: str | Path, limit: int = 0) -> list[Problem]:
         more = f" (rows that fail: {', '.join(map(str, failed))})" if len(failed) > 1 else ""
         raise ValueError(f"{path}: row {number}: {error}{more}") from error
     if blank:
-        print(
-            f"{path}: {len(blank)} rows have an empty answer and are skipped: {', '.join(map(str, blank))}",
-            file=sys.stderr,
-        )
+        print(f"{path}: rows with an empty answer, skipped: {', '.join(map(str, blank))}", file=sys.stderr)
     if not problems:
         raise ValueError(f"{path}: no row with an answer; give a file with gold answers")
     return problems
@@ -167,9 +158,9 @@ def load_trajectories(path: str | Path) -> list[Example]:
             steps = row.get("trajectory")
             if steps is None and problem.solution:
                 steps = [{"kind": "solve", "text": boxed(problem.solution, problem.answer), "correct": True}]
-                render(steps)
             else:
                 _check_steps(steps)
+            render(steps)
         except ValueError as error:
             raise ValueError(f"{path}: row {number}: {error}") from error
         examples.append(Example(problem.unique_id, problem.problem, problem.answer, steps))
@@ -178,15 +169,12 @@ def load_trajectories(path: str | Path) -> list[Example]:
 
 def _problem(row: dict, unique_id: str) -> Problem:
     """One row as a Problem, with `unique_id` if it has none; ValueError saying what is wrong with it."""
-    keys, row = ", ".join(row) or "none", plain(row)
+    fix, row = f"keys are {', '.join(row) or 'none'}; add it or drop the row", plain(row)
     problem, answer, level = row["problem"], row["answer"], row["level"]
     if not isinstance(problem, str) or not problem.strip():
-        raise ValueError(f'no "problem" (or GSM8K\'s "question"), keys are {keys}; add it or drop the row')
+        raise ValueError(f'no "problem" (or GSM8K\'s "question"), {fix}')
     if not isinstance(answer, str) or not answer.strip():
-        raise ValueError(
-            '"answer" is empty or missing and no "solution" stands in for it with a \\boxed one, '
-            f"keys are {keys}; add it or drop the row"
-        )
+        raise ValueError(f'"answer" is empty or missing, and no "solution" has one in \\boxed, {fix}')
     if not parsable(answer) or answer.strip().lower() == "nan":
         raise ValueError(f"gold answer {answer!r} cannot be parsed; correct it or drop the row")
     if not isinstance(level, int | None):
@@ -196,7 +184,7 @@ def _problem(row: dict, unique_id: str) -> Problem:
 
 
 def _check_steps(steps: object) -> None:
-    """ValueError unless the steps are (wrong solve, "incorrect")*, right solve, "correct", each readable as such."""
+    """Raises ValueError unless the steps are (wrong solve, "incorrect")*, right solve, "correct", all readable."""
     if not isinstance(steps, list) or not steps or len(steps) % 2:
         raise ValueError('"trajectory" is not a list of pairs of solve and verify; give a file that stage 0 wrote')
     for i, step in enumerate(steps):
@@ -205,14 +193,8 @@ def _check_steps(steps: object) -> None:
             raise ValueError(f"step {i + 1} is not a {kind} with a text; solve and verify alternate, solve first")
         last = i >= len(steps) - 2
         if kind == "solve" and step.get("correct") is not last:
-            raise ValueError(
-                f'step {i + 1} has "correct": {step.get("correct")!r}; the last solve is right, '
-                "those before it are wrong"
-            )
+            raise ValueError(f'step {i + 1} has "correct": {step.get("correct")!r}; the last solve is right, no other')
         expected = "correct" if last else "incorrect"
         if kind == "verify" and not step.get("verdict") == parse_verdict(step["text"]) == expected:
-            raise ValueError(
-                f'step {i + 1} has "verdict": {step.get("verdict")!r} and ends in '
-                f"{step['text'].strip()[-60:]!r}; both have to say {expected}"
-            )
-    render(steps)
+            said, end = step.get("verdict"), step["text"].strip()[-60:]
+            raise ValueError(f'step {i + 1} has "verdict": {said!r} and ends in {end!r}; both have to say {expected}')

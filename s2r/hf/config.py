@@ -6,13 +6,11 @@ Called by `s2r/model.py`; `read_json` also by the other files of this folder.
 import json
 import math
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 
 AGAIN = "fetch the file again"
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # of that rope type
 
 
@@ -25,19 +23,6 @@ def read_json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, not an object; {AGAIN}")
     return content
-
-
-def _number(path: Path, group: dict, name: str, default: float | None = None, *, whole: bool = True) -> float:
-    """The number `name` of `group`, an object of the file, or `default` where it is absent or null.
-
-    Raises ValueError for anything but a finite number above 0, `whole` (an int) where sizes are counted.
-    """
-    found = group.get(name)
-    found = default if found is None else found
-    if type(found) not in ((int,) if whole else (int, float)) or not 0 < found < math.inf:
-        kind, shown = "a whole number" if whole else "a number", json.dumps(found)
-        raise ValueError(f"{path}: {name} is {shown}, where {kind} above 0 belongs; {AGAIN}")
-    return found
 
 
 @dataclass(frozen=True)
@@ -64,8 +49,7 @@ class ModelConfig:
     def from_folder(cls, folder: str | Path) -> "ModelConfig":
         """Read `config.json`, in its old spelling (rope_theta, rope_scaling) or new one (rope_parameters).
 
-        Raises FileNotFoundError without a config.json, and ValueError for a size that is missing or not a number
-        above 0, sizes that do not fit together, and a family, activation, bias or rope type that is not supported.
+        Raises FileNotFoundError without it, and ValueError for a setting that is missing, impossible or not supported.
         """
         path = Path(folder) / "config.json"
         if not path.is_file():
@@ -74,53 +58,47 @@ class ModelConfig:
         rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
         if not isinstance(rope, dict):
             raise ValueError(f"{path}: the rope settings are {rope!r}, not an object; {AGAIN}")
+        settings = hf | {name: value for name, value in rope.items() if value is not None}
         family, rope_type = hf.get("model_type"), rope.get("rope_type", rope.get("type", "default"))
         for what, found, known in (
-            ("model_type", family, FAMILIES),
+            ("model_type", family, ("llama", "mistral", "qwen2", "qwen3")),
             ("hidden_act", hf.get("hidden_act", "silu"), ("silu",)),
             ("rope type", rope_type, ("default", "llama3")),
-            ("attention_bias", hf.get("attention_bias", False), (False,)),
-            ("mlp_bias", hf.get("mlp_bias", False), (False,)),
-            ("use_sliding_window", hf.get("use_sliding_window", False), (False,)),
+            *((name, hf.get(name, False), (False,)) for name in ("attention_bias", "mlp_bias", "use_sliding_window")),
             ("tie_word_embeddings", hf.get("tie_word_embeddings", False), (True, False)),
         ):
             if found not in known:
                 raise ValueError(f"{path}: {what} {found!r} is not supported; known: {', '.join(map(str, known))}")
-        number = partial(_number, path, hf)
+
+        def number(name: str, default: float | None = None, kind: str = "whole number") -> float:
+            """A setting that is a "number" or "whole number" above 0, `default` where it is absent or null."""
+            found = default if settings.get(name) is None else settings[name]
+            if type(found) not in ((int, float) if kind == "number" else (int,)) or not 0 < found < math.inf:
+                raise ValueError(f"{path}: {name} is {json.dumps(found)}, where a {kind} above 0 belongs; {AGAIN}")
+            return found
+
         D, H = number("hidden_size"), number("num_attention_heads")
         G, E = number("num_key_value_heads", H), number("head_dim", D // H)
         if H % G:
             raise ValueError(f"{path}: num_attention_heads {H} is no multiple of num_key_value_heads {G}; {AGAIN}")
         if E % 2:
             raise ValueError(f"{path}: head_dim {E} is odd, and rotary positions need pairs; {AGAIN}")
-        positions = number("max_position_embeddings", 2048)
-        if family == "mistral":  # within the window it changes nothing
-            positions = min(positions, number("sliding_window", positions))
-        theta = _number(path, rope, "rope_theta", number("rope_theta", 10_000.0, whole=False), whole=False)
-        scaling = {name: _number(path, rope, name, whole=False) for name in LLAMA3 if rope_type == "llama3"}
+        scaling = {name: number(name, kind="number") for name in LLAMA3 if rope_type == "llama3"}
+        context = number("max_position_embeddings", 2048)
+        window = number("sliding_window", context) if family == "mistral" else context  # within it nothing changes
         return cls(
-            vocab_size=number("vocab_size"),
-            hidden_size=D,
-            intermediate_size=number("intermediate_size"),
-            num_layers=number("num_hidden_layers"),
-            num_heads=H,
-            num_kv_heads=G,
-            head_dim=E,
-            rope_theta=theta,
-            rope_scaling=scaling or None,
-            norm_eps=number("rms_norm_eps", whole=False),
-            tied=hf.get("tie_word_embeddings", False),
-            qkv_bias=family == "qwen2",
-            qk_norm=family == "qwen3",
-            max_positions=positions,
-            hf=hf,
-        )
+            vocab_size=number("vocab_size"), hidden_size=D, intermediate_size=number("intermediate_size"),
+            num_layers=number("num_hidden_layers"), num_heads=H, num_kv_heads=G, head_dim=E,
+            rope_theta=number("rope_theta", 10_000.0, "number"), rope_scaling=scaling or None,
+            norm_eps=number("rms_norm_eps", kind="number"), max_positions=min(context, window), hf=hf,
+            tied=hf.get("tie_word_embeddings", False), qkv_bias=family == "qwen2", qk_norm=family == "qwen3",
+        )  # fmt: skip
 
     def inverse_frequencies(self) -> torch.Tensor:
-        """Angular speed per position of each rotary pair, (E/2,) fp32, with Llama 3.1's scaling if it has one.
+        """Angular speed per position of each rotary pair, (E/2,) fp32.
 
-        Llama 3.1 divides the speed by `factor` for wavelengths beyond the old context and blends in between:
-        github.com/meta-llama/llama-models, models/llama3/model.py.
+        Llama 3.1 divides it by `factor` where the wavelength exceeds the old context, and blends before that
+        (github.com/meta-llama/llama-models, models/llama3/model.py).
         """
         E, s = self.head_dim, self.rope_scaling
         speed = self.rope_theta ** (-torch.arange(0, E, 2, dtype=torch.float32) / E)

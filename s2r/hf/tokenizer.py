@@ -14,6 +14,7 @@ Called by `s2r/grammar.py`, and by all that turns ids into text.
 
 import json
 from datetime import datetime
+from functools import cache, partial
 from pathlib import Path
 
 import jinja2
@@ -34,128 +35,93 @@ class _Generation(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _compile(source: str) -> jinja2.Template:
-    """Template compiled as `transformers` does; source: transformers/utils/chat_template_utils.py.
+def _compile(folder: Path, config: dict) -> jinja2.Template:
+    """The folder's chat template, compiled as `transformers` does in its utils/chat_template_utils.py.
 
-    Templates come with downloaded weights, hence the sandbox.
+    Templates come with downloaded weights, hence the sandbox. Raises ValueError if there is none or it has an error.
     """
+    template = config.get("chat_template")
+    if isinstance(template, list):  # named templates
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    if (folder / "chat_template.jinja").exists():  # wins, as in transformers
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if not template:
+        raise ValueError(
+            f"{folder}: no chat template in tokenizer_config.json or chat_template.jinja; "
+            "use an instruct model, or add the template of its family"
+        )
 
     def raise_exception(message):
         raise jinja2.TemplateError(message)
 
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    env = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    env.filters["tojson"] = tojson  # jinja's own escapes for HTML
+    extensions = [_Generation, jinja2.ext.loopcontrols]
+    env = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    env.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja's own escapes for HTML
     env.globals["raise_exception"] = raise_exception
     env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return env.from_string(source)
+    try:
+        return env.from_string(template)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"{folder}: chat template does not compile ({error}); fix or replace it") from error
 
 
 def _byte_of_char() -> dict[str, int]:
     """GPT-2's printable stand-in for each byte, inverted; source: openai/gpt-2 encoder.py, bytes_to_unicode."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    hidden = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
-
-
-def _optional(path: Path) -> dict:
-    """Content of a JSON file of the folder, {} when there is none."""
-    return read_json(path) if path.exists() else {}
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    hidden = [byte for byte in range(256) if chr(byte) not in alphabet]  # stand-ins: the characters from 256 on
+    return {char: ord(char) if ord(char) < 256 else hidden[ord(char) - 256] for char in alphabet}
 
 
 class Tokenizer:
-    """One folder's tokenizer and chat template.
+    """The tokenizer and chat template of a Hugging Face folder.
 
     Attributes: `folder`; `vocab_size`, highest id + 1; `stop_ids`, every id that ends a response; `end_id`, the one
-    that the template puts after an assistant message.
+    that the template puts after an assistant message. Raises FileNotFoundError without tokenizer.json, and ValueError
+    when a file cannot be read, an eos_token_id is no token, or there is no template.
     """
 
-    def __init__(
-        self, folder: Path, backend: tokenizers.Tokenizer, template: str, special: dict[str, str], eos_ids: set[int]
-    ):
-        """`special`: the template's variables (`bos_token` …); `eos_ids`: the stop ids that the configs name."""
-        self.folder = folder
-        self._backend = backend
-        self._special = special
-        self._template = _compile(template)
-        self._added = {id: token.content for id, token in backend.get_added_tokens_decoder().items()}
-        self._byte_level = "ByteLevel" in repr(backend.decoder)
-        self._byte_of_char = _byte_of_char()
-        self._bytes: dict[int, bytes] = {}
-        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        path = self.folder / "tokenizer.json"
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: not found; point at a Hugging Face model folder that holds one")
+        try:
+            self._backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise ValueError(f"{path}: not a tokenizer.json ({error}); download the file again") from error
+        self._backend.no_truncation()  # tokenizer.json may ask for either
+        self._backend.no_padding()
+        self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+        self._added = {id: token.content for id, token in self._backend.get_added_tokens_decoder().items()}
+        self._byte_of_char = _byte_of_char() if "ByteLevel" in repr(self._backend.decoder) else {}
         self._adds_space = self.decode(self._ids("a")).startswith(" ")
 
-        eos_id = backend.token_to_id(special.get("eos_token", ""))
-        turn_id = self._end_of_turn()
-        self.stop_ids = frozenset(eos_ids | ({eos_id, turn_id} - {None}))
+        names = ("tokenizer_config.json", "generation_config.json", "config.json")
+        files = {name: read_json(self.folder / name) for name in names if (self.folder / name).exists()}
+        config = files.pop("tokenizer_config.json", {})
+        self._template = _compile(self.folder, config)
+        tokens = {name: token.get("content") if isinstance(token, dict) else token for name, token in config.items()}
+        # The template's variables: bos_token, eos_token, …
+        self._special = {name: x for name, x in tokens.items() if name.endswith("_token") and isinstance(x, str)}
+        eos_id, turn_id = self._backend.token_to_id(self._special.get("eos_token", "")), self._end_of_turn()
+        self.stop_ids = frozenset(self._eos_ids(files) | ({eos_id, turn_id} - {None}))
         if not self.stop_ids:
             raise ValueError(f"{folder}: no end-of-turn token; name an eos_token in tokenizer_config.json")
         self.end_id = next(id for id in (turn_id, eos_id, min(self.stop_ids)) if id is not None)
         # `encode` spells out special tokens only, and a folder may list its end of turn as a plain added token.
-        backend.add_special_tokens([self._added[id] for id in self.stop_ids if id in self._added])
+        self._backend.add_special_tokens([self._added[id] for id in self.stop_ids if id in self._added])
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
-        """Tokenizer of a Hugging Face folder.
-
-        Raises FileNotFoundError without tokenizer.json, and ValueError when a file cannot be read, an eos_token_id is
-        no token, or there is no template.
-        """
-        folder = Path(folder)
-        path = folder / "tokenizer.json"
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: not found; point at a Hugging Face model folder that holds one")
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
-            raise ValueError(f"{path}: not a tokenizer.json ({error}); download the file again") from error
-        backend.no_truncation()  # tokenizer.json may ask for either
-        backend.no_padding()
-
-        config = _optional(folder / "tokenizer_config.json")
-        tokens = {name: token.get("content") if isinstance(token, dict) else token for name, token in config.items()}
-        special = {name: token for name, token in tokens.items() if name.endswith("_token") and isinstance(token, str)}
-        last, eos_ids = max(backend.get_vocab(with_added_tokens=True).values()), set()
-        for name in ("generation_config.json", "config.json"):
-            found = _optional(folder / name).get("eos_token_id")
-            for id in found if isinstance(found, list) else [] if found is None else [found]:
-                if type(id) is not int or not 0 <= id <= last:
-                    raise ValueError(
-                        f"{folder / name}: eos_token_id {json.dumps(id)} is no id of tokenizer.json (0 to {last}); "
-                        "fetch both files again, or name the id of the token that ends a response"
-                    )
-                eos_ids.add(id)
-
-        template = config.get("chat_template")
-        if isinstance(template, list):  # named templates
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
-        if (folder / "chat_template.jinja").exists():  # wins, as in transformers
-            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        if not template:
-            raise ValueError(
-                f"{folder}: no chat template in tokenizer_config.json or chat_template.jinja; "
-                "use an instruct model, or add the template of its family"
-            )
-        try:
-            return cls(folder, backend, template, special, eos_ids)
-        except jinja2.TemplateError as error:
-            raise ValueError(f"{folder}: chat template does not compile ({error}); fix or replace it") from error
+        """The tokenizer of a folder, under the name that `transformers` gives it."""
+        return cls(folder)
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text: nothing is added, and special-token strings stay text (module docstring)."""
         # SentencePiece vocabularies put a space before what they take for the start of a text; an action is not one.
         opening = "\n" if self._adds_space else ""
-        self._backend.encode_special_tokens = True
-        try:
-            skip = self._ids(opening)
-            ids = self._ids(opening + text)
-            return ids[len(skip) :] if ids[: len(skip)] == skip else self._ids(text)
-        finally:
-            self._backend.encode_special_tokens = False
+        skip, ids = self._ids(opening, special=False), self._ids(opening + text, special=False)
+        return ids[len(skip) :] if ids[: len(skip)] == skip else self._ids(text, special=False)
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids, special tokens spelled out; bytes that are not UTF-8 become U+FFFD."""
@@ -176,21 +142,20 @@ class Tokenizer:
                 "use a model whose template takes them, or edit the template"
             ) from error
 
+    @cache
     def token_bytes(self, id: int) -> bytes:
         """The bytes that one id stands for (b"" for an id that no token has); they concatenate to the text."""
-        if id not in self._bytes:
-            token = self._backend.id_to_token(id) or ""
-            if id in self._added:
-                self._bytes[id] = self._added[id].encode()
-            elif self._byte_level and self._byte_of_char.keys() >= set(token):
-                self._bytes[id] = bytes(self._byte_of_char[char] for char in token)
-            elif len(token) == 6 and token.startswith("<0x"):
-                self._bytes[id] = bytes([int(token[3:5], 16)])
-            else:
-                self._bytes[id] = token.replace("▁", " ").encode()
-        return self._bytes[id]
+        if id in self._added:
+            return self._added[id].encode()
+        token = self._backend.id_to_token(id) or ""
+        if self._byte_of_char.keys() >= set(token):
+            return bytes(self._byte_of_char[char] for char in token)
+        if len(token) == 6 and token.startswith("<0x"):
+            return bytes([int(token[3:5], 16)])
+        return token.replace("▁", " ").encode()
 
-    def _ids(self, text: str) -> list[int]:
+    def _ids(self, text: str, special: bool = True) -> list[int]:
+        self._backend.encode_special_tokens = not special
         return self._backend.encode(text, add_special_tokens=False).ids  # the template writes bos itself
 
     def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
@@ -207,3 +172,17 @@ class Tokenizer:
             return None
         after = self._ids(text.rpartition(said)[2].lstrip())
         return after[0] if after and after[0] in self._added else None
+
+    def _eos_ids(self, configs: dict[str, dict]) -> set[int]:
+        """The stop ids that the configs name, file → content. Raises ValueError for one that is no token."""
+        ids = set()
+        for name, config in configs.items():
+            found = config.get("eos_token_id")
+            for id in found if isinstance(found, list) else [] if found is None else [found]:
+                if type(id) is not int or not 0 <= id < self.vocab_size:
+                    raise ValueError(
+                        f"{self.folder / name}: eos_token_id {json.dumps(id)} is no id of tokenizer.json (0 to "
+                        f"{self.vocab_size - 1}); fetch both files again, or name the token that ends a response"
+                    )
+                ids.add(id)
+        return ids

@@ -25,28 +25,27 @@ def places(model) -> dict[str, tuple[torch.nn.Parameter, int, int]]:
     """Hugging Face name → our parameter, its first row and the row after its last. For reading and writing."""
     c = model.config
     q, kv, F = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.intermediate_size
-    parts = {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}
-    halves = {"gate": (0, F), "up": (F, 2 * F)}
     whole = {"model.embed_tokens.weight": model.embed, "model.norm.weight": model.norm.weight}
     if model.head is not None:
         whole["lm_head.weight"] = model.head
-    found = {}
+    found = {name: (p, 0, len(p)) for name, p in whole.items()}
     for i, block in enumerate(model.blocks):
-        at = f"model.layers.{i}."
-        whole[at + "input_layernorm.weight"] = block.attention_norm.weight
-        whole[at + "post_attention_layernorm.weight"] = block.mlp_norm.weight
-        whole[at + "self_attn.o_proj.weight"] = block.o.weight
-        whole[at + "mlp.down_proj.weight"] = block.down.weight
-        if c.qk_norm:
-            whole[at + "self_attn.q_norm.weight"] = block.q_norm.weight
-            whole[at + "self_attn.k_norm.weight"] = block.k_norm.weight
-        for name, rows in parts.items():
-            found[at + f"self_attn.{name}_proj.weight"] = block.qkv.weight, *rows
-            if c.qkv_bias:
-                found[at + f"self_attn.{name}_proj.bias"] = block.qkv.bias, *rows
-        for name, rows in halves.items():
-            found[at + f"mlp.{name}_proj.weight"] = block.gate_up.weight, *rows
-    return found | {name: (p, 0, len(p)) for name, p in whole.items()}
+        for name, module, *rows in (
+            ("input_layernorm", block.attention_norm),
+            ("self_attn.q_proj", block.qkv, 0, q),
+            ("self_attn.k_proj", block.qkv, q, q + kv),
+            ("self_attn.v_proj", block.qkv, q + kv, q + 2 * kv),
+            ("self_attn.q_norm", block.q_norm),  # None but for Qwen3
+            ("self_attn.k_norm", block.k_norm),
+            ("self_attn.o_proj", block.o),
+            ("post_attention_layernorm", block.mlp_norm),
+            ("mlp.gate_proj", block.gate_up, 0, F),
+            ("mlp.up_proj", block.gate_up, F, 2 * F),
+            ("mlp.down_proj", block.down),
+        ):
+            for kind, p in module.named_parameters() if module else ():  # "weight", and of Qwen2's q, k, v a "bias"
+                found[f"model.layers.{i}.{name}.{kind}"] = p, *(rows or (0, len(p)))
+    return found
 
 
 def views(model) -> dict[str, torch.Tensor]:
@@ -62,22 +61,20 @@ def load(model, folder: str | Path) -> None:
     are missing, unexpected or of another shape.
     """
     wanted = places(model)
-    missing = set(wanted)
     for shard in shards(Path(folder)):
         try:
-            with safe_open(shard, framework="pt", device=str(own_rows(model.embed)[0].device)) as file:
+            with safe_open(shard, framework="pt", device=str(model.embed.device)) as file:
                 for name in file.keys():
                     if name in wanted:
-                        _read(shard, name, file.get_slice(name), *wanted[name])
-                        missing.discard(name)
+                        _read(shard, name, file.get_slice(name), *wanted.pop(name))
                     elif name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.config.tied):
                         continue  # derived from the config, or a second copy of the embedding
                     else:
                         raise ValueError(f"{shard}: unexpected weight {name}; is config.json of another model?")
         except SafetensorError as error:
             raise ValueError(f"{shard}: not a whole safetensors file ({error}); fetch it again") from None
-    if missing:
-        raise ValueError(f"{folder}: {len(missing)} weights missing, the first is {min(missing)}; fetch it again")
+    if wanted:
+        raise ValueError(f"{folder}: {len(wanted)} weights missing, the first is {min(wanted)}; fetch it again")
 
 
 def _read(shard: Path, name: str, weight, p: torch.nn.Parameter, start: int, end: int) -> None:
@@ -85,18 +82,12 @@ def _read(shard: Path, name: str, weight, p: torch.nn.Parameter, start: int, end
     found, wanted = tuple(weight.get_shape()), (end - start, *p.shape[1:])
     if found != wanted:
         raise ValueError(f"{shard}: {name} is {found}, config.json says {wanted}; fetch both files again")
-    ours, first = own_rows(p)
+    ours, first = p, 0
+    if isinstance(p, DTensor):  # spread by FSDP, the same number of rows to every rank, to the last ones fewer
+        ours, first = p.to_local(), -(-len(p) // p.device_mesh.size()) * p.device_mesh.get_local_rank()
     low, high = max(start, first), min(end, first + len(ours))
     if low < high:
         ours[low - first : high - first].copy_(weight[low - start : high - start])
-
-
-def own_rows(p: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """This rank's rows of a parameter, and the number of the first: all of them, unless FSDP has spread it."""
-    if not isinstance(p, DTensor):
-        return p, 0
-    rows = -(-len(p) // p.device_mesh.size())  # the last ranks may have fewer
-    return p.to_local(), rows * p.device_mesh.get_local_rank()
 
 
 def shards(folder: Path) -> list[Path]:
@@ -125,25 +116,23 @@ def save(model, folder: str | Path, dtype: torch.dtype) -> None:
     if model.config.hf is None:
         raise ValueError("save_pretrained needs ModelConfig.hf, the config.json to write")
     folder.mkdir(parents=True, exist_ok=True)
-    weights, groups, size = views(model), [[]], 0
-    for name, view in weights.items():
-        bytes = view.numel() * dtype.itemsize
-        if size + bytes > SHARD_BYTES and groups[-1]:
+    weights, groups, room = views(model), [], 0
+    sizes = {name: view.numel() * dtype.itemsize for name, view in weights.items()}
+    for name, size in sizes.items():
+        if not groups or size > room:
             groups.append([])
-            size = 0
+            room = SHARD_BYTES
         groups[-1].append(name)
-        size += bytes
+        room -= size
     files = ["model.safetensors"]
     if len(groups) > 1:
         files = [f"model-{i + 1:05}-of-{len(groups):05}.safetensors" for i in range(len(groups))]
         index = {name: file for file, group in zip(files, groups) for name in group}
-        total = sum(view.numel() * dtype.itemsize for view in weights.values())
-        text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
+        text = json.dumps({"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}, indent=2)
         (folder / "model.safetensors.index.json").write_text(text)
     for file, group in zip(files, groups):  # one file in memory at a time
-        copies = {name: weights[name].to("cpu", dtype, copy=True).contiguous() for name in group}
-        save_file(copies, folder / file, {"format": "pt"})
-        del copies
+        copies = ((name, weights[name].to("cpu", dtype, copy=True).contiguous()) for name in group)
+        save_file(dict(copies), folder / file, {"format": "pt"})
     hf = {key: value for key, value in model.config.hf.items() if key not in ("torch_dtype", "dtype")}
     hf["torch_dtype"] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
