@@ -77,8 +77,8 @@ def generate(
         free = list(range(rows.slots))
         while True:
             jobs = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]
-            streams = [np.random.default_rng((seed, step, names[i], j)) for i, j in jobs]
-            rows.start(free[: len(jobs)], jobs, streams)
+            generators = [np.random.default_rng((seed, step, names[i], j)) for i, j in jobs]
+            rows.start(free[: len(jobs)], jobs, generators)
             for slot in reversed(free[len(jobs) :]):  # nothing waits: close the hole
                 rows.close(slot)
             if not rows.jobs or stop():
@@ -96,10 +96,10 @@ def generate(
 
 
 def pace(device: torch.device) -> tuple[int, int]:
-    """(decode steps between two looks at which rows have stopped, ratio of the batch sizes there are; 1: any size).
+    """Decode steps between two checks for stopped rows, and the factor between allowed batch sizes (1: any size).
 
-    On a GPU a look makes the host wait for the device, so it is taken now and then, and every batch size needs a CUDA
-    graph of its own, so there are few. Rows that have stopped, or that hold nothing, stand still meanwhile.
+    On a GPU a check makes the host wait for the device, so it is rare. Every batch size needs its own CUDA graph, so
+    there are few sizes. Until the next check, stopped and empty rows are decoded too, and their results are discarded.
     """
     return (8, 4) if device.type == "cuda" else (1, 1)
 
@@ -118,7 +118,7 @@ class _Rows:
         self.stop_ids = torch.tensor(sorted(stop_ids), device=device)
         self.token = torch.zeros(slots, dtype=torch.int64, device=device)  # the next input of each row
         self.uniform = torch.zeros(slots, self.room + 1, device=device)  # one random number per token to come
-        self.ids = torch.zeros(slots, self.room + 1, dtype=torch.int64, device=device)  # the last column is waste
+        self.ids = torch.zeros(slots, self.room + 1, dtype=torch.int64, device=device)  # stopped rows write to the last
         self.logp = torch.zeros(slots, self.room + 1, device=device)
         self.produced = torch.zeros(slots, dtype=torch.int64, device=device)  # tokens sampled so far
         self.limit = torch.zeros(slots, dtype=torch.int64, device=device)  # tokens at which the row is cut off
@@ -140,7 +140,7 @@ class _Rows:
             self.uniform[slot, : self.room] = torch.from_numpy(stream.random(self.room, dtype=np.float32))
             self.produced[slot], self.done[slot] = 0, False
             self.limit[slot] = min(self.room, self.model.config.max_positions - len(prompt))
-            self.jobs[slot : slot + 1] = [(i, j)]
+            self.jobs[slot : slot + 1] = [(i, j)]  # replaces the slot's job, or appends one
 
     def _prefill(self, prompts: list[int]) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values of the first of these prompts, and of as many that follow as `prefill_tokens` allows."""
@@ -174,7 +174,7 @@ class _Rows:
         self.logp[:S].scatter_(1, at, logp[:, None])
         self.token[:S] = torch.where(stopped, self.token[:S], token)
         self.produced[:S] += ~stopped
-        self.cache.lengths[:S] -= stopped.long()  # decode has moved every row on
+        self.cache.lengths[:S] -= stopped.long()  # decode made every row longer, stopped ones too
         self.done[:S] |= (token[:, None] == self.stop_ids).any(1) | (self.produced[:S] == self.limit[:S])
 
     def _replay(self, S: int) -> None:

@@ -17,7 +17,7 @@ from s2r.grammar import Action, judge, parse, prompt
 from s2r.hf.tokenizer import Tokenizer
 from s2r.model import Transformer
 
-FIELDS = {"ids": int, "prompt_ids": int, "logp": float}  # of a rollout file's row: lists, and of what
+FIELDS = {"ids": int, "prompt_ids": int, "logp": float}  # the lists in a rollout file's row, and their types
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Trajectory:
     temperature: float
     prompt_ids: list[int]
     ids: list[int]  # response, stop token included
-    logp: list[float]  # nats; logp[t] scores ids[t] under the sampler
+    logp: list[float]  # log p of each of `ids`, in nats, as the sampler computed it
     finished: bool
     text: str
     actions: list[Action]  # spans index `ids`
