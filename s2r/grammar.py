@@ -10,8 +10,9 @@ r"""The grammar of a response: a sequence of solve and verify actions (paper §2
     So 3+4=\boxed{8}.⏎⏎|Wait, let me recheck … is incorrect.⏎⏎|Let me try again. \boxed{7}.⏎⏎|Wait, … is correct.<end>
     └───── solve ─────┘└────────────── verify ────────────────┘└────────── solve ───────────┘└────── verify ───────┘
 
-`render` and `encode` write it (training data), `parse` reads it back from ids (rollouts). A model writes what it likes,
-so `parse` takes any ids: it cuts at markers that open a line and never raises; its actions cover all ids, once each.
+`render` and `encode` write training data in this grammar. `parse` reads actions back from the ids of a rollout. A
+model may write anything, so `parse` takes any ids and never raises: it cuts at each marker that opens a line, and every
+id belongs to exactly one action.
 """
 
 import re
@@ -54,7 +55,7 @@ class Action:
 def cut(text: bytes) -> list[tuple[int, str]]:
     """First byte and kind of each action of a response; the first action begins at byte 0.
 
-    What comes before the first marker is a solve, unless it is only white space, which then goes to the first action.
+    Text before the first marker is a solve; if it is only white space, it belongs to the action of that marker.
     """
     cuts = [(match.start(), "verify" if match[1] else "solve") for match in _MARKER.finditer(text)]
     if not cuts or text[: cuts[0][0]].decode("utf-8", "replace").strip():
@@ -66,7 +67,7 @@ def parse(ids: list[int], tokenizer: Tokenizer) -> list[Action]:
     """Actions of a response, in order; their spans are disjoint, not empty, and cover every id. No ids, no actions.
 
     An action begins at the token that holds the first byte of its marker, so the blank line before a marker belongs to
-    the action before it. A stop token counts as no text.
+    the action before it. A stop token has no text.
     """
     if not ids:
         return []
@@ -77,14 +78,11 @@ def parse(ids: list[int], tokenizer: Tokenizer) -> list[Action]:
         token = bisect_right(offsets, byte) - 1 if byte else 0
         kinds.setdefault(token, kind)  # at most one action begins in a token
 
-    starts = list(kinds)
     actions = []
-    for start, end in zip(starts, starts[1:] + [len(ids)]):
+    for (start, kind), end in zip(kinds.items(), [*kinds, len(ids)][1:]):  # each ends where the next one starts
         text = b"".join(pieces[start:end]).decode("utf-8", errors="replace")
-        if kinds[start] == "solve":
-            actions.append(Action("solve", start, end, text, answer=extract_answer(text)))
-        else:
-            actions.append(Action("verify", start, end, text, verdict=parse_verdict(text)))
+        read = {"answer": extract_answer(text)} if kind == "solve" else {"verdict": parse_verdict(text)}
+        actions.append(Action(kind, start, end, text, **read))
     return actions
 
 
@@ -93,10 +91,9 @@ def parse_verdict(text: str) -> str | None:
 
     Only the last sentence counts, whatever came before it. "Cannot be verified" is None too: it says neither.
     """
-    text = text.rstrip()
     for verdict in ("correct", "incorrect"):
-        if text.endswith(VERDICT_SENTENCE[verdict]):
-            head = text.removesuffix(VERDICT_SENTENCE[verdict])
+        head, sentence, rest = text.rpartition(VERDICT_SENTENCE[verdict])
+        if sentence and not rest.strip():
             before = head.rstrip()
             gap = head[len(before) :]
             # The verdict has to open a line, or follow white space after anything but a letter, a digit, "," or ";":
@@ -107,7 +104,7 @@ def parse_verdict(text: str) -> str | None:
 
 
 def judge(actions: list[Action], gold: str) -> list[Action]:
-    """The same actions held against the answer `gold`: `correct` of each solve, `truth` of each verify."""
+    """The same actions with `correct` of each solve, by the answer `gold`, and `truth` of each verify filled in."""
     judged, truth = [], None
     for action in actions:
         if action.kind == "solve":
@@ -122,7 +119,7 @@ def judge(actions: list[Action], gold: str) -> list[Action]:
 def render(steps: list[dict]) -> list[str]:
     """Text of each step `{"kind", "text", …}`; joined, they are the response without its stop token.
 
-    A text that lacks its opening gets it (the first solve has none); all but the last end in a blank line. Raises
+    A text without its opening gets one, but for the first solve; every text but the last ends in a blank line. Raises
     ValueError for a text that `parse` would not read back as that one action.
     """
     texts = []
@@ -143,8 +140,7 @@ def render(steps: list[dict]) -> list[str]:
 def encode(steps: list[dict], tokenizer: Tokenizer) -> tuple[list[int], list[Action]]:
     """Ids of the rendered steps with the end-of-turn id after the last, and the actions that `parse` finds in them.
 
-    The text is encoded as a whole, so that the model sees the tokens that running text has. Raises ValueError as
-    `render` does.
+    The steps are encoded as one text, so that the tokens are those of running text. Raises ValueError as `render` does.
     """
     ids = [*tokenizer.encode("".join(render(steps))), tokenizer.end_id]
     return ids, parse(ids, tokenizer)
@@ -153,9 +149,9 @@ def encode(steps: list[dict], tokenizer: Tokenizer) -> tuple[list[int], list[Act
 def sft_targets(ids: list[int], actions: list[Action], tokenizer: Tokenizer) -> list[int]:
     """Positions in the response with δ = 1 in equation (1), ascending: all but the body of every wrong solve.
 
-    The solves before the last are wrong on purpose: the model reads them and is never taught to write them. The moves
-    to them and from them are targets: the opening "Let me try again.", and the blank line at the end, which is where the
-    model decides between a check and <end> (many tokenizers fuse it with the full stop before it).
+    The solves before the last are wrong: the model sees them as context and is never taught to write them. It is taught
+    how they open, "Let me try again.", and that a blank line ends them: there it decides between a check and <end>. Many
+    tokenizers fuse the blank line with the full stop before it, which then is a target too.
     """
     last_solve = max(i for i, action in enumerate(actions) if action.kind == "solve")
     targets = []

@@ -6,7 +6,7 @@
     b̂, offline: mean reward of the spans in one group            offline_baseline
     A and L are those of online RL, with π_old = the policy that sampled: (5), (6)
 
-    group of a span             baseline        MATH500 in the paper
+    group of a span             --baseline      MATH500 in the paper
     accuracy, position          position        83.4
     accuracy, reward context    context         82.4
     reward context              context-only    82.4
@@ -33,7 +33,6 @@ from s2r.rollouts import Trajectory, load_rollouts
 
 ACCURACY = (0.1, 0.7)  # sampled accuracy of the problems that are kept, both ends included (paper)
 MAX_ACTIONS = 20  # longest trajectory that is kept (paper)
-BASELINES = ("position", "context", "context-only")
 GAP = {torch.float32: 0.01, torch.bfloat16: 0.05}  # mean |Δ log p| above which the rollouts are another model's
 
 
@@ -81,28 +80,24 @@ def recall(
                 f"{temperature}; make them the same, or no probability is right"
             )
     accuracy = sampled_accuracy([(t.problem.unique_id, outcome_reward(t.actions)) for t in trajectories])
-    kept, counts = [], Counter({"rollouts": len(trajectories)})
-    for t in trajectories:
-        reason = out_of_range(accuracy[t.problem.unique_id], *ACCURACY) or unfit(t.actions)
-        counts[f"dropped: {reason}" if reason else "kept"] += 1
-        if not reason:
-            kept.append(t)
+    reasons = [out_of_range(accuracy[t.problem.unique_id], *ACCURACY) or unfit(t.actions) for t in trajectories]
+    counts = Counter({"rollouts": len(trajectories)})
+    counts.update(f"dropped: {reason}" if reason else "kept" for reason in reasons)
+    kept = [t for t, reason in zip(trajectories, reasons) if not reason]
     if len(kept) < per_step:
-        reasons = ", ".join(f"{count} {what}" for what, count in counts.items())
+        counted = ", ".join(f"{count} {what}" for what, count in counts.items())
         raise ValueError(
-            f"{path}: {len(kept)} of {len(trajectories)} rollouts are fit to learn from ({reasons}), a step takes "
+            f"{path}: {len(kept)} of {len(trajectories)} rollouts are fit to learn from ({counted}), a step takes "
             f"{per_step}; lower --problems or --rollouts, or sample more"
         )
     return kept, [accuracy[t.problem.unique_id] for t in kept], counts
 
 
-def offline_baseline(
-    rewards: Sequence[Sequence[float]], accuracy: Sequence[float], by: str
-) -> list[list[float]]:
+def offline_baseline(rewards: Sequence[Sequence[float]], accuracy: Sequence[float], by: str) -> list[list[float]]:
     """b̂ of App. F: for each span, the mean reward over the recorded set of all spans in its group.
 
-    `rewards` holds the rewards of each trajectory's spans, `accuracy` the sampled accuracy of its problem; `by` is one
-    of BASELINES (module docstring). Same shape as `rewards`. At the outcome level, with one span a trajectory,
+    `rewards` holds the rewards of each trajectory's spans, `accuracy` the sampled accuracy of its problem; `by` is a
+    --baseline (module docstring). Same shape as `rewards`. At the outcome level, with one span a trajectory,
     "position" and "context" both mean the accuracy alone.
     """
     groups = []

@@ -1,8 +1,9 @@
-"""From problems to judged trajectories, and the rollout file that stores them.
+"""From a problem to a judged trajectory, and the file in which trajectories are kept.
 
-    problem ─ prompt ─▶ ids ─ generate ─▶ ids of a response ─ parse ─▶ actions ─ judge ─▶ right or wrong, true or untrue
+    problem ─ prompt ─▶ prompt ids ─ generate ─▶ response ids ─ parse ─▶ actions ─ judge ─▶ each right or wrong
 
-`sample.py` and `train_rl.py` sample with `roll_out`. `s2r/offline.py` reads rollout files with `load_rollouts`.
+`roll_out` does all of this; `sample.py` and the training loops call it. A rollout file has one line per trajectory,
+written by `to_row`. `load_rollouts` reads it for offline RL (`s2r/offline.py`).
 """
 
 from collections.abc import Sequence
@@ -17,8 +18,6 @@ from s2r.grammar import Action, judge, parse, prompt
 from s2r.hf.tokenizer import Tokenizer
 from s2r.model import Transformer
 
-FIELDS = {"ids": int, "prompt_ids": int, "logp": float}  # the lists in a rollout file's row, and their types
-
 
 @dataclass(frozen=True)
 class Trajectory:
@@ -29,10 +28,17 @@ class Trajectory:
     temperature: float
     prompt_ids: list[int]
     ids: list[int]  # response, stop token included
-    logp: list[float]  # log p of each of `ids`, in nats, as the sampler computed it
-    finished: bool
-    text: str
+    logp: list[float]  # nats; logp[t] scores ids[t] under the sampler
+    finished: bool  # ended by a stop token, not by the length limit
+    text: str  # of the response, without the stop token
     actions: list[Action]  # spans index `ids`
+
+    @classmethod
+    def judged(cls, tokenizer: Tokenizer, problem: Problem, ids: list[int], *, finished: bool, **fields) -> "Trajectory":
+        """The trajectory of sampled ids: reads their text and actions, and judges these by the problem's answer."""
+        text = tokenizer.decode(ids[:-1] if finished else ids)
+        actions = judge(parse(ids, tokenizer), problem.answer)
+        return cls(problem=problem, ids=ids, finished=finished, text=text, actions=actions, **fields)
 
     def to_row(self) -> dict:
         """The row of a rollout file: problem, ids, log-probabilities, actions with their rewards R_a, and R_o."""
@@ -56,7 +62,8 @@ def load_rollouts(path: str | Path, tokenizer: Tokenizer) -> list[Trajectory]:
     trajectories = []
     for number, row in enumerate(read_jsonl(path), start=1):
         try:
-            ids, prompt_ids, logp = ([kind(x) for x in row[name]] for name, kind in FIELDS.items())
+            ids, prompt_ids = ([int(x) for x in row[name]] for name in ("ids", "prompt_ids"))
+            logp = [float(x) for x in row["logp"]]
             if not all(0 <= x < tokenizer.vocab_size for x in ids + prompt_ids) or len(logp) != len(ids):
                 raise ValueError("its ids are not this tokenizer's, or not one log-probability each")
             if not ids or not prompt_ids:
@@ -65,18 +72,11 @@ def load_rollouts(path: str | Path, tokenizer: Tokenizer) -> list[Trajectory]:
                 raise ValueError(f"gold answer {row['answer']!r} cannot be parsed")
             problem = Problem(row["problem"], str(row["answer"]), str(row["unique_id"]), row.get("level"))
             trajectories.append(
-                Trajectory(
-                    problem=problem,
-                    sample=int(row["sample"]),
-                    temperature=float(row["temperature"]),
-                    prompt_ids=prompt_ids,
-                    ids=ids,
-                    logp=logp,
-                    finished=bool(row["finished"]),
-                    text=str(row["text"]),
-                    actions=judge(parse(ids, tokenizer), problem.answer),
+                Trajectory.judged(
+                    tokenizer, problem, ids, finished=bool(row["finished"]), prompt_ids=prompt_ids, logp=logp,
+                    sample=int(row["sample"]), temperature=float(row["temperature"]),
                 )
-            )
+            )  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: row {number}: {error!r}; give a file that sample.py --out wrote") from None
     return trajectories
@@ -99,21 +99,14 @@ def roll_out(
 ) -> list[Trajectory]:
     """Sample responses to each problem and judge them, in the order problem 0 sample 0, problem 0 sample 1, …
 
-    `options` (n, max_new_tokens, seed, …) go to `generate`. Raises ValueError as `encode_prompts` does.
+    `options` go to `generate`: n, max_new_tokens, seed, step, … Raises ValueError as `encode_prompts` does.
     """
     prompts = encode_prompts(problems, tokenizer, model.config.max_positions)
     rollouts = generate(model, prompts, temperature=temperature, stop_ids=tokenizer.stop_ids, **options)
     return [
-        Trajectory(
-            problem=problems[r.prompt],
-            sample=r.sample,
-            temperature=temperature,
-            prompt_ids=prompts[r.prompt],
-            ids=r.ids,
-            logp=r.logp,
-            finished=r.finished,
-            text=tokenizer.decode(r.ids[:-1] if r.finished else r.ids),
-            actions=judge(parse(r.ids, tokenizer), problems[r.prompt].answer),
+        Trajectory.judged(
+            tokenizer, problems[r.prompt], r.ids, finished=r.finished, prompt_ids=prompts[r.prompt], logp=r.logp,
+            sample=r.sample, temperature=temperature,
         )
         for r in rollouts
-    ]
+    ]  # fmt: skip

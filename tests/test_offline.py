@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -31,7 +32,10 @@ def tokenizer(folder) -> Tokenizer:
 
 
 def of(problem: str, code: str, tokenizer: Tokenizer):
-    return replace(response(code, tokenizer), problem=Problem("3+4?", "7", problem))
+    """The trajectory of a code as in test_rl.py, of a problem of this name, its text as in a rollout file."""
+    trajectory = response(code, tokenizer)
+    text = tokenizer.decode(trajectory.ids[:-1])  # without the stop token
+    return replace(trajectory, problem=Problem("3+4?", "7", problem), text=text)
 
 
 # --- which rollouts, METHOD: offline RL ---
@@ -162,7 +166,7 @@ def test_offline_refuses_rollouts_of_another_model(folder, recorded, tmp_path):
 
 
 @pytest.mark.parametrize("level", ["outcome", "process"])
-@pytest.mark.parametrize("baseline", offline.BASELINES)
+@pytest.mark.parametrize("baseline", get_args(get_type_hints(train_rl.Config)["baseline"]))
 def test_train_rl_offline_prefers_what_was_right(level, baseline, folder, tokenizer, recorded, tmp_path):
     out = tmp_path / "out"
     settings = {"problems": 4, "rollouts": 4, "updates": 1, "steps": 8, "lr": 3e-3, "warmup": 0, "show_every": 0}
