@@ -11,7 +11,6 @@ import s2r  # isort: skip  # noqa: F401  before torch: it settles how torch's th
 
 import json
 import os
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +61,7 @@ def main(cfg: Config) -> None:
     seconds = time.perf_counter() - start
 
     for trajectory in trajectories if cfg.ask else trajectories[: cfg.show]:
-        print(show(trajectory, colour=sys.stdout.isatty()), end="\n\n")
+        print(show(trajectory), end="\n\n")
     if cfg.out:
         write_jsonl(cfg.out, (trajectory.to_row() for trajectory in trajectories))
         journal.remove()

@@ -129,7 +129,7 @@ def main(cfg: Config) -> None:
         row = measure(trajectories, credits, scored, torch.cat(ratios), ranks, cfg)
         run.log({"step": step} | row | {"grad_norm": sum(norms) / len(norms), "lr": lr} | clock.parts)
         if cfg.show_every and step % cfg.show_every == 0 and run.first:
-            print(show(trajectories[0], colour=sys.stdout.isatty()), end="\n\n")
+            print(show(trajectories[0]), end="\n\n")
         sampler.evaluate(run, step)
         if run.end_step(model, optimizer, step, stop):
             break
