@@ -11,13 +11,11 @@ import s2r  # isort: skip  # noqa: F401  before torch: it settles how torch's th
 
 import json
 import os
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from s2r import rl
 from s2r.data import Problem, check_output, load_problems, write_jsonl
 from s2r.grade import parsable
 from s2r.metrics import at_k, summarize
@@ -63,13 +61,13 @@ def main(cfg: Config) -> None:
     seconds = time.perf_counter() - start
 
     for trajectory in trajectories if cfg.ask else trajectories[: cfg.show]:
-        print(show(trajectory, colour=sys.stdout.isatty()), end="\n\n")
+        print(show(trajectory), end="\n\n")
     if cfg.out:
         write_jsonl(cfg.out, (trajectory.to_row() for trajectory in trajectories))
         journal.remove()
     if cfg.html:
-        credits, title = rl.online_credit(trajectories, "process", cfg.n), f"{cfg.model} on {cfg.ask or cfg.data}"
-        Path(cfg.html).write_text(page(trajectories, credits, tokenizer, title), "utf-8")
+        title = f"{cfg.model} on {cfg.ask or cfg.data}"
+        Path(cfg.html).write_text(page(trajectories, tokenizer, title), "utf-8")
     if cfg.ask:
         return
     sampled = sum(len(t.ids) for t in trajectories) - sum(len(rollout.ids) for rollout in journal.known)

@@ -4,10 +4,9 @@
     python train_rl.py --model DIR2 --offline ROLLOUTS.jsonl --out DIR4 --level process --baseline position
     torchrun --nproc-per-node 8 train_rl.py …                                   the same flags, one process per GPU
 
-One step: sample M rollouts of N problems, judge them by rule, score them under the old and the reference policy, then
-take several clipped policy-gradient updates on them. Offline, the rollouts come from a file that `sample.py --n 8
---temperature 0.7 --out` wrote with the model that training starts from, and π_old stays that model (s2r/offline.py).
-DIR2 is the SFT model.
+DIR2 is the SFT model. One RL step samples M rollouts of each of N problems, judges them by rule, computes their
+log-probabilities under π_old and π_ref, and takes several clipped policy-gradient updates on them. Offline, the
+rollouts come from a file that DIR2 sampled (`sample.py --n 8 --temperature 0.7 --out`), and π_old stays DIR2.
 """
 
 import s2r  # isort: skip  # noqa: F401  before torch: it settles how torch's threads wait
@@ -38,16 +37,16 @@ class Config:
     data: str = ""  # problem file to sample from, JSONL
     offline: str = ""  # or a rollout file to learn from; N·M of its rollouts a step
     level: Literal["outcome", "process"] = "outcome"  # what has a reward: the trajectory or each action
-    baseline: Literal["position", "context", "context-only"] = "position"  # of offline RL: what spans share a baseline (App. F)
+    baseline: Literal["position", "context", "context-only"] = "position"  # offline RL: which spans share b̂ (App. F)
     problems: int = 64  # N, problems per step (paper: 64)
     rollouts: int = 4  # M, rollouts per problem (paper: 4)
-    updates: int = 4  # optimizer steps per step, each on a part of the rollouts (paper: 4)
+    updates: int = 4  # optimizer updates per RL step, each on its own part of the rollouts (paper: 4)
     temperature: float = 0.7  # of sampling, and of every log-probability (paper: 0.7)
     beta: float = 0.05  # β, weight of the KL to π_ref in the advantage (paper: 0.05; 0.01 for Qwen2.5-Math-7B)
     epsilon: float = 0.2  # ε, clip range of the ratio (paper: 0.2)
     lr: float = 5e-7  # learning rate after warm-up (paper: 5e-7)
     warmup: int = 5  # updates of linear warm-up (paper: 5)
-    steps: int = 500  # (paper: 500)
+    steps: int = 500  # RL steps (paper: 500)
     max_new_tokens: int = 8000  # length limit of a rollout (paper: 8000)
     max_grad_norm: float = 1.0  # gradient norm is clipped to this (paper: 1)
     seed: int = 0  # of the order of the data and of the random stream
@@ -90,9 +89,9 @@ def main(cfg: Config) -> None:
 
     for step in range(done + 1, cfg.steps + 1):
         clock = loop.Clock()
-        # 1. Sample M responses to each of N problems from the current policy, and judge them (offline: recall some).
+        # 1. Sample M responses to each of N problems from the current policy; judge them (offline: draw from the file).
         trajectories = collect(step)
-        if run.end_step(model, optimizer, step - 1, stop):  # then not all rollouts are there, and the step is dropped
+        if run.end_step(model, optimizer, step - 1, stop):  # a signal cut the sampling short: drop this step
             break
         clock.lap("rollout")
 
@@ -101,7 +100,7 @@ def main(cfg: Config) -> None:
 
         # 3. Split the rollouts over the updates; score them under π_old and π_ref; advantage of each span.
         updates = []
-        shuffled = order(len(trajectories), cfg.seed + 1, step)
+        shuffled = order(len(trajectories), cfg.seed + 1, step)  # + 1: other permutations than those of the data
         for rows in np.array_split(shuffled, cfg.updates):
             part = [(trajectories[i], credits[i]) for i in rows]
             updates.append(score(part, ranks, old, reference, cfg))
@@ -109,9 +108,9 @@ def main(cfg: Config) -> None:
 
         # 4. Policy gradient: one optimizer step per update, its loss the sum over its micro-batches.
         ratios, norms = [], []
-        for update, batch in enumerate(updates, start=1 + (step - 1) * cfg.updates):
+        for update, micro_batches in enumerate(updates, start=1 + (step - 1) * cfg.updates):
             total = torch.zeros((), device=ranks.device)
-            for m in batch:
+            for m in micro_batches:
                 logp, _ = policy_logp(model, m.pack, cfg.temperature)
                 loss, ratio = rl.policy_loss(logp, m.logp_old, m.span, m.advantage, m.weight, epsilon=cfg.epsilon)
                 (loss * ranks.size).backward()  # the ranks' gradients are averaged, and we want their sum
@@ -120,17 +119,17 @@ def main(cfg: Config) -> None:
             lr = cfg.lr * min(1.0, update / max(cfg.warmup, 1))
             what = f"problems {list(dict.fromkeys(t.problem.unique_id for t in trajectories))}"
             norm = loop.optimizer_step(
-                run, model, optimizer, step=step, lr=lr, loss=total.item(), what=what, batch=batch
+                run, model, optimizer, step=step, lr=lr, loss=total.item(), what=what, batch=micro_batches
             )
             norms.append(norm)
         clock.lap("update")
 
         # 5. Log, show, evaluate, save.
-        scored = [m for batch in updates for m in batch]
+        scored = [m for micro_batches in updates for m in micro_batches]
         row = measure(trajectories, credits, scored, torch.cat(ratios), ranks, cfg)
         run.log({"step": step} | row | {"grad_norm": sum(norms) / len(norms), "lr": lr} | clock.parts)
         if cfg.show_every and step % cfg.show_every == 0 and run.first:
-            print(show(trajectories[0], colour=sys.stdout.isatty()), end="\n\n")
+            print(show(trajectories[0]), end="\n\n")
         sampler.evaluate(run, step)
         if run.end_step(model, optimizer, step, stop):
             break
@@ -151,7 +150,7 @@ def check_settings(cfg: Config) -> None:
 
 
 def online_source(cfg: Config, problems: list, sampler: loop.Sampler) -> tuple[Callable, Callable, list]:
-    """Two functions, step → judged trajectories from the current policy and trajectories → their credit; and []."""
+    """collect(step): judged trajectories; credit(trajectories): a Credit for each; []: no sequence is known yet."""
     if cfg.problems > len(problems):
         raise ValueError(f"{cfg.data} holds {len(problems)} problems, --problems asks for {cfg.problems} a step")
 
@@ -163,7 +162,7 @@ def online_source(cfg: Config, problems: list, sampler: loop.Sampler) -> tuple[C
 
 
 def offline_source(cfg: Config, tokenizer, reference, ranks: Ranks) -> tuple[Callable, Callable, list]:
-    """The same two functions over recorded rollouts, whose credit is computed once; and the ids of all of them."""
+    """As `online_source`, from recorded rollouts: their credit is computed once, and all their ids are known."""
     recorded, accuracy, counts = offline.recall(cfg.offline, tokenizer, cfg.temperature, cfg.problems * cfg.rollouts)
     if ranks.rank == 0:
         print("\n".join(f"{count:7,}  {what}" for what, count in counts.items()))
@@ -196,16 +195,17 @@ class Scored:
 def score(
     part: list[tuple[Trajectory, rl.Credit]], ranks: Ranks, old: Transformer, reference: Transformer | None, cfg: Config
 ) -> list[Scored]:
-    """This rank's micro-batches of one update. They are formed once, so that π_θ starts out as π_old to the last bit."""
+    """This rank's micro-batches of one update, scored. The update reuses them, so online its ratio starts at 1."""
     total, device = len(part), ranks.device
     part = [part[i] for i in ranks.share([len(t.prompt_ids) + len(t.ids) for t, _ in part])]
     ids = [t.prompt_ids + t.ids for t, _ in part]
-    scored = [list(range(len(t.prompt_ids), len(t.prompt_ids) + len(t.ids))) for t, _ in part]  # no prompt token
+    positions = [list(range(len(t.prompt_ids), len(row))) for (t, _), row in zip(part, ids)]  # of the response tokens
     out = []
-    for p in ranks.even(pack(ids, scored, cfg.tokens_per_microbatch, device)):
+    for p in ranks.even(pack(ids, positions, cfg.tokens_per_microbatch, device)):
         span, reward, baseline, weight = rl.spans([part[row][1] for row in p.rows], total, device)
         logp_old, entropy = policy_logp(old, p, cfg.temperature)
-        logp_ref = logp_old if reference in (None, old) else policy_logp(reference, p, cfg.temperature)[0]
+        same = reference is None or reference is old  # β = 0, which needs no π_ref; or offline, where π_ref is π_old
+        logp_ref = logp_old if same else policy_logp(reference, p, cfg.temperature)[0]
         advantage = rl.advantages(reward, baseline, logp_old, logp_ref, span, beta=cfg.beta)
         sampled = torch.tensor([x for row in p.rows for x in part[row][0].logp], device=device)
         out.append(Scored(p, span, advantage, weight, logp_old, logp_ref, sampled, entropy))
@@ -223,8 +223,9 @@ def measure(trajectories, credits, scored: list[Scored], ratio: torch.Tensor, ra
     old, ref, sampled, entropy = (
         torch.cat([getattr(m, name) for m in scored]) for name in ("logp_old", "logp_ref", "logp_sampled", "entropy")
     )
-    parts = (old - ref, entropy, (sampled - old).abs(), torch.ones_like(old), (ratio - 1).abs() > cfg.epsilon, ratio > 0)
-    kl, surprise, gap, tokens, clipped, spans = ranks.sum([part.sum().item() for part in parts])
+    outside = (ratio - 1).abs() > cfg.epsilon
+    sums = [x.sum().item() for x in (old - ref, entropy, (sampled - old).abs(), outside)]
+    kl, surprise, gap, clipped, tokens, spans = ranks.sum([*sums, len(old), len(ratio)])
     return {
         "reward": sum(rewards) / len(rewards),
         **{name: summary[name] for name in (*logged, "tokens", "finished")},

@@ -3,9 +3,9 @@
     python train_sft.py --model DIR --data TRAJ.jsonl --out DIR2
     torchrun --nproc-per-node 8 train_sft.py …                          the same flags, one process per GPU
 
-The targets are what a good trajectory does and never its mistakes: every verify, the last solve, the stop token and the
-moves from one action to the next have a loss; the wrong solves are context. Equation (1), plus kl · KL(π ‖ π_base) on the
-same tokens.
+The loss is equation (1) plus β_sft · KL(π ‖ π_base), both on the target tokens; --kl is β_sft. Targets are every
+verify, the last solve, the stop token and the transitions from one action to the next. The wrong solves are
+input only: the model reads them and never learns to write them.
 """
 
 import s2r  # isort: skip  # noqa: F401  before torch: it settles how torch's threads wait

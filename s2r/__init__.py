@@ -8,6 +8,7 @@ Dimension letters, the same in every file:
     Q  scored tokens in it             G  key/value heads
     N  problems per RL step            E  width of one head
     M  rollouts per problem            F  width of the feed-forward layer
+    B  trajectories per update (rl.py)
     V  vocabulary                      C  cache capacity in tokens
 
 Importing this package before torch also settles how torch's threads wait for one another (below).
@@ -15,7 +16,7 @@ Importing this package before torch also settles how torch's threads wait for on
 
 import os
 
-# How many times a thread looks again before it sleeps when it waits for the others of a parallel region. Read once, by
-# libgomp, when torch loads it. The default, hundreds of thousands, makes two threads many times slower as soon as one
-# core has other work; no looking at all costs a fifth on an idle machine. `tests/benchmark.py` measures it.
+# How often an OpenMP thread spins before it sleeps while it waits for the other threads. libgomp reads this once, when
+# torch loads it. The default, hundreds of thousands, makes two threads many times slower as soon as one core has other
+# work. No spinning at all costs a fifth of the speed on an idle machine. `tests/benchmark.py` measures it.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -5,9 +5,9 @@
 
     trajectory file   {"unique_id", "problem", "answer", "trajectory": [solve, verify, solve, verify, …]}
     with steps        {"kind": "solve", "text", "correct"}   {"kind": "verify", "text", "verdict"}
-    or a problem file with `solution`: one right solve and no verify, the paper's baselines for stage 1
+    or a problem file with `solution`: one right solve, no verify (the paper's SFT baselines)
 
-All files come from a user: what cannot be used is a ValueError or FileNotFoundError that names file and row.
+All files come from a user: one that cannot be used raises a ValueError or FileNotFoundError that names file and row.
 """
 
 import json
@@ -47,12 +47,13 @@ class Example:
 
 
 def draw(items: int, count: int, step: int, seed: int, *, partial: bool = False) -> list[int]:
-    """Indices below `items` that step number `step` (from 1) uses: `count` of them, epoch after epoch.
+    """The `count` indices out of range(items) that step number `step` (from 1) uses.
 
     Each epoch is a new permutation, a function of (seed, epoch) alone, which is what --resume relies on. The rest of
     an epoch that does not fill a step is left out; with `partial` it is a smaller step of its own.
     """
-    epoch, at = divmod(step - 1, -(-items // count) if partial else items // count)
+    per_epoch = -(-items // count) if partial else items // count  # steps; partial rounds up
+    epoch, at = divmod(step - 1, per_epoch)
     return order(items, seed, epoch)[at * count :][:count]
 
 
@@ -73,7 +74,7 @@ def read_jsonl(path: str | Path) -> list[dict]:
     with path.open("rb") as file:
         for number, line in enumerate(filter(bytes.strip, file), start=1):
             try:
-                row = json.loads(line.decode("utf-8-sig"), parse_constant=_refuse)
+                row = json.loads(line.decode("utf-8-sig"), parse_constant=int)  # int("NaN") is refused
                 if b"\\ud" in line.lower():  # half of a surrogate pair passes json.loads and breaks every tokenizer
                     json.dumps(row, ensure_ascii=False).encode()
             except (ValueError, RecursionError) as error:
@@ -84,10 +85,6 @@ def read_jsonl(path: str | Path) -> list[dict]:
     if not rows:
         raise ValueError(f"{path}: no rows; the file is empty")
     return rows
-
-
-def _refuse(constant: str):
-    raise ValueError(f"{constant} is not a JSON number")
 
 
 def drop_torn_line(path: Path) -> bool:
@@ -120,7 +117,7 @@ def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
 def load_problems(path: str | Path, limit: int = 0) -> list[Problem]:
     """The problems in the first `limit` rows of a file (0: in all).
 
-    Rows whose answer is the empty string, of which public sets hold a few, are skipped, and a line names them.
+    It skips rows whose answer is the empty string (public sets hold a few) and prints their numbers.
     Raises FileNotFoundError, and ValueError naming file and rows: no problem, no answer, an answer that cannot be
     graded against, a `unique_id` that another row has, no row left.
     """

@@ -1,6 +1,6 @@
 r"""The grammar of a response: a sequence of solve and verify actions (paper §2.1).
 
-    response   = solve, { verify, solve }, [ verify ], <end>          what the policy is to learn
+    response   = solve, verify, { solve, verify }, <end>              what the policy is to learn
     solve      = [ "Let me try again. " ], attempt with \boxed{…}     the opening on every solve but the first
     verify     = "Wait, let me recheck my solution. ", check, " ", verdict
     verdict    = "Therefore, the answer is correct."     -> <end> follows
@@ -32,7 +32,7 @@ VERDICT_SENTENCE = {
     "unverified": "Therefore, the answer cannot be verified.",
 }
 
-# In bytes, because tokens are bytes: one may hold half a character. MULTILINE ^ is the start, or after a newline.
+# In bytes, because a token may hold half a character. With MULTILINE, ^ matches at the start and after each newline.
 _MARKER = re.compile(
     rb"^(?:(%b)|%b)" % (re.escape(VERIFY_OPENING).encode(), re.escape(RETRY_OPENING).encode()), re.MULTILINE
 )
@@ -49,7 +49,7 @@ class Action:
     answer: str | None = None  # solve: content of the last \boxed, None when there is none
     verdict: str | None = None  # verify: Parser(v), "correct" | "incorrect", None when unreadable or unverified
     correct: bool | None = None  # solve: V_golden(s), None until judged
-    truth: str | None = None  # verify: the verdict that is true; None until judged, or without a solve before it
+    truth: str | None = None  # verify: the verdict it should give; None until judged, or without a solve before it
 
 
 def cut(text: bytes) -> list[tuple[int, str]]:
@@ -76,7 +76,7 @@ def parse(ids: list[int], tokenizer: Tokenizer) -> list[Action]:
     kinds: dict[int, str] = {}  # first token of an action -> its kind
     for byte, kind in cut(b"".join(pieces)):
         token = bisect_right(offsets, byte) - 1 if byte else 0
-        kinds.setdefault(token, kind)  # one token, one action
+        kinds.setdefault(token, kind)  # at most one action begins in a token
 
     actions = []
     for (start, kind), end in zip(kinds.items(), [*kinds, len(ids)][1:]):  # each ends where the next one starts
@@ -96,7 +96,8 @@ def parse_verdict(text: str) -> str | None:
         if sentence and not rest.strip():
             before = head.rstrip()
             gap = head[len(before) :]
-            # "If I am right, Therefore, the …" is another sentence: it has to open a line or follow an end mark.
+            # The verdict has to open a line, or follow white space after anything but a letter, a digit, "," or ";":
+            # in "If I am right, Therefore, the …" it is part of another sentence.
             opens = not before or "\n" in gap or (gap and not before[-1].isalnum() and before[-1] not in ",;")
             return verdict if opens else None
     return None
@@ -146,7 +147,7 @@ def encode(steps: list[dict], tokenizer: Tokenizer) -> tuple[list[int], list[Act
 
 
 def sft_targets(ids: list[int], actions: list[Action], tokenizer: Tokenizer) -> list[int]:
-    """Positions in the response with δ = 1 in equation (1), rising: all but the body of every wrong solve.
+    """Positions in the response with δ = 1 in equation (1), ascending: all but the body of every wrong solve.
 
     The solves before the last are wrong: the model sees them as context and is never taught to write them. It is taught
     how they open, "Let me try again.", and that a blank line ends them: there it decides between a check and <end>. Many
@@ -160,10 +161,11 @@ def sft_targets(ids: list[int], actions: list[Action], tokenizer: Tokenizer) -> 
             continue
         pieces = [tokenizer.token_bytes(id) for id in ids[action.start : action.end]]
         text, opening = b"".join(pieces), RETRY_OPENING.encode()
-        first = len(opening) if text.startswith(opening) else 0  # the body is bytes first … last − 1
-        last = len(text.rstrip())
-        for t, (end, piece) in enumerate(zip(accumulate(map(len, pieces)), pieces), action.start):
-            if end - len(piece) < first or end > last:
+        body_start = len(opening) if text.startswith(opening) else 0  # in bytes
+        body_end = len(text.rstrip())
+        ends = accumulate(map(len, pieces))  # byte after each token
+        for t, piece, end in zip(range(action.start, action.end), pieces, ends):
+            if end - len(piece) < body_start or end > body_end:  # some of the token lies outside of the body
                 targets.append(t)
     return targets
 

@@ -21,7 +21,7 @@ says "correct", i one that says "incorrect". A verify is about the last solve be
     cir              correct to incorrect (CIR): fraction of right first solves lost        1/2
     say_correct      fraction of "correct" among the readable verdicts                      4/6
 
-so that  accuracy = first_accuracy·(1 − cir) + (1 − first_accuracy)·icr.  A fraction of nothing is None.
+so that  accuracy = first_accuracy·(1 − cir) + (1 − first_accuracy)·icr.  A fraction whose denominator is 0 is None.
 
 `summarize` computes these and: `responses`, their number; `finished`, the fraction that ended in a stop token;
 `tokens`, sampled per response; `no_answer`, the fraction whose last solve has no \\boxed answer; `no_verdict`, the
@@ -29,7 +29,7 @@ fraction of verifies without a readable verdict; `by_level`, accuracy and trials
 of all first verifies, of all second ones, and so on. `at_k` computes the `standard_error` of accuracy over problems
 and, for n > 1 responses per problem and k = 1, 2, 4, … and n, `pass_at_k` (is one of k responses right? estimated
 from all n, arXiv 2107.03374) and `maj_at_k` (is the most frequent answer of the first k right?).
-Called by `sample.py` and `train_rl.py`.
+Called by `sample.py`, `train_rl.py`, and `s2r/run/loop.py` (evaluation during training).
 """
 
 from collections.abc import Sequence
@@ -58,7 +58,8 @@ def summarize(trajectories: Sequence) -> dict:
     solves = [[action for action in t.actions if action.kind == "solve"] for t in trajectories]
     verifies = [[action for action in t.actions if action.kind == "verify"] for t in trajectories]
     assert all(solve.correct is not None for row in solves for solve in row), "judge the actions first"
-    first, last = ([bool(row and row[i].correct) for row in solves] for i in (0, -1))
+    first = [bool(row and row[0].correct) for row in solves]
+    last = [bool(row and row[-1].correct) for row in solves]
     by_level, trials = {}, [len(row) for row in solves]
     for level in sorted({t.problem.level for t in trajectories} - {None}):
         at = [i for i, t in enumerate(trajectories) if t.problem.level == level]

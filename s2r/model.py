@@ -122,7 +122,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, **where)
         self.head = None if config.tied else nn.Parameter(torch.empty_like(self.embed))  # (V, D)
         self.packed: torch.Tensor | None = None  # the head's matrix, see `prepacked`
-        self.register_buffer("speed", config.inverse_frequencies().to(device), persistent=False)  # (E/2,)
+        self.register_buffer("speed", config.inverse_frequencies().to(device), persistent=False)  # of rotation, (E/2,)
 
     def forward(self, ids: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         """Hidden states (T, D) after the last norm of packed ids (T,) with borders cu_seqlens (S+1,), int64 both."""

@@ -11,9 +11,9 @@
     accuracy, reward context    context         82.4
     reward context              context-only    82.4
 
-Accuracy is that of the span's problem over all its recorded rollouts, exact and not binned (as in the release).
-Departs from the paper in that β has no effect: π_old is π_ref, so the KL term of the advantage is zero. (The release
-takes the KL of the current policy instead.)
+Accuracy is the fraction of right ones among all recorded rollouts of the span's problem. Departs from the paper, with
+the release: it is exact, not binned. β has no effect offline: π_old is π_ref, so the KL term of (5) is zero. (The
+release uses the KL of the current policy instead.)
 
 Called by `train_rl.py --offline` and by `s2r/stage0/select.py`.
 """
@@ -56,7 +56,7 @@ def unfit(actions: Sequence[Action]) -> str | None:
     """Why a judged trajectory is left out of offline RL, None if it is kept (App. F)."""
     if any(action.kind != ("solve", "verify")[i % 2] for i, action in enumerate(actions)):
         return "solve and verify do not alternate"
-    for solve, verify in zip(actions[::2], actions[1:-1:2]):  # verifies with something after them
+    for solve, verify in zip(actions[::2], actions[1:-1:2]):  # each verify that is not the last action, and its solve
         if solve.correct and verify.verdict == "correct":
             return "continues after a right answer was found right"
     if len(actions) > MAX_ACTIONS:

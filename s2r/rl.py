@@ -1,7 +1,7 @@
-"""Every equation of S²R's reinforcement learning (Ma et al. 2025, arXiv 2502.12853, §2.3).
+"""Every equation of S²R's online reinforcement learning (Ma et al. 2025, arXiv 2502.12853, §2.3).
 
-A trajectory is y = (a_1, …, a_|y|), its actions alternately solve and verify. One objective serves both levels; they
-differ in what a *span* is, the piece of y that has one reward, one advantage and one probability ratio:
+A trajectory is y = (a_1, …, a_|y|), its actions alternately solve and verify. One loss function serves both levels.
+A *span* is the piece of y that has one reward, one advantage and one ratio. The levels differ in what a span is:
 
     level     span         reward           baseline                        loss
     outcome   trajectory   R_o(x, y)        RLOO over the M rollouts of x   (2), (3)
@@ -14,11 +14,11 @@ differ in what a *span* is, the piece of y that has one reward, one advantage an
     b̂, leave-one-out                        (2)         leave_one_out
     b̂, by reward context                    (4)         context_baseline
     A = R − b̂ − β·log(π_old / π_ref)        (2), (5)    advantages
-    L = −E[min(r·A, clip(r, 1±ε)·A)]        (3), (6)    policy_loss
+    L = −E[min(r·A, clip(r, 1±ε)·A)]        (3), (6)    policy_loss, with the weights 1/B, 1/(B·|y|_a) of spans
 
-Rewards are ±1 and come from rules alone. The baselines of offline RL are in `s2r/offline.py`. J is the number of spans
-in a micro-batch, Q the number of its response tokens. Each token carries the number of its span, and a sum over spans
-is an `index_add`.
+Rewards are ±1 and come from rules alone. The baselines of offline RL are in `s2r/offline.py`. A micro-batch
+has J spans and Q response tokens. `span` (Q,) gives the span of each token, so a sum over the tokens of each span
+is one `index_add`.
 """
 
 from collections import defaultdict
@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from s2r.grammar import Action
 
@@ -37,14 +38,17 @@ def outcome_reward(actions: Sequence[Action]) -> float:
 
 
 def process_rewards(actions: Sequence[Action], finished: bool) -> list[float]:
-    """R_a of each action of a judged trajectory: a solve earns +1 by being right, a verify by saying what is true.
+    """R_a of each action of a judged trajectory: +1 for a right solve and for a verify with a true verdict, else −1.
 
-    A verify speaks of the last solve before it. One that cannot be read, or that has no solve before it, earns −1.
+    A verify checks the last solve before it. An unreadable verdict, or a verify without a solve before it, earns −1.
     Departs from the paper, with the release: the action that the length limit cut off (`finished` False) earns −1.
     """
     rewards = []
     for action in actions:
-        right = action.correct if action.kind == "solve" else action.truth and action.verdict == action.truth
+        if action.kind == "solve":
+            right = action.correct
+        else:
+            right = action.truth is not None and action.verdict == action.truth
         rewards.append(1.0 if right else -1.0)
     if rewards and not finished:
         rewards[-1] = -1.0
@@ -56,7 +60,7 @@ def reward_contexts(rewards: Sequence[float]) -> list[tuple[float, ...]]:
     return [tuple(rewards[:t]) for t in range(len(rewards))]
 
 
-def leave_one_out(rewards: torch.Tensor) -> torch.Tensor:
+def leave_one_out(rewards: Tensor) -> Tensor:
     """b̂ of (2): for each of the M rollouts of a problem, the mean reward of the other M − 1. (N, M) → (N, M).
 
     Raises ValueError for M = 1, where no other rollout is left.
@@ -68,9 +72,9 @@ def leave_one_out(rewards: torch.Tensor) -> torch.Tensor:
 
 
 def context_baseline(rewards: Sequence[Sequence[float]]) -> list[list[float]]:
-    """b̂ of (4): for each action, the mean reward of all actions of the batch, of any problem, in its reward context.
+    """b̂ of (4): for each action, the mean R_a of all actions of the batch, of any problem, with its reward context.
 
-    `rewards` holds R_a of each trajectory's actions; the result has the same shape.
+    The batch is all rollouts of one RL step. `rewards` holds R_a of each trajectory's actions; same shape out.
     """
     return group_means(rewards, [reward_contexts(row) for row in rewards])
 
@@ -103,7 +107,7 @@ def span_rewards(trajectories: Sequence, level: str) -> tuple[list[list[int]], l
 
 
 def online_credit(trajectories: Sequence, level: str, rollouts: int) -> list[Credit]:
-    """Credit within one batch, whose trajectories come problem by problem, `rollouts` of each."""
+    """Credit of all rollouts of one RL step, in the order of the problems, `rollouts` of each."""
     lengths, reward = span_rewards(trajectories, level)
     if level == "outcome":
         baseline = leave_one_out(torch.tensor(reward).view(-1, rollouts)).view(-1, 1).tolist()
@@ -112,36 +116,28 @@ def online_credit(trajectories: Sequence, level: str, rollouts: int) -> list[Cre
     return [Credit(*credit) for credit in zip(lengths, reward, baseline)]
 
 
-def spans(
-    credits: Sequence[Credit], trajectories: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def spans(credits: Sequence[Credit], B: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A micro-batch of credits as tensors: span (Q,) int64, reward (J,), baseline (J,), weight (J,).
 
-    `trajectories` is B, the number in the whole update. The weights carry the expectation of (3) and (6): 1/B for a
-    trajectory, 1/(B·|y|_a) for an action. Over an update they sum to 1, however it is split into micro-batches.
+    B is the number of trajectories in the whole update. The weights stand for the expectation in (3) and (6): 1/B for a
+    trajectory, 1/(B·|y|_a) for an action. They sum to 1 over an update, however it is split into micro-batches.
     """
     tokens = torch.tensor([n for credit in credits for n in credit.tokens], dtype=torch.int64, device=device)
     span = torch.arange(len(tokens), device=device).repeat_interleave(tokens)
     reward = torch.tensor([r for credit in credits for r in credit.reward], device=device)
     baseline = torch.tensor([b for credit in credits for b in credit.baseline], device=device)
-    weight = [1 / (trajectories * len(credit.reward)) for credit in credits for _ in credit.reward]
+    weight = [1 / (B * len(credit.reward)) for credit in credits for _ in credit.reward]
     return span, reward, baseline, torch.tensor(weight, device=device)
 
 
-def span_sum(x: torch.Tensor, span: torch.Tensor, spans: int) -> torch.Tensor:
+def span_sum(x: Tensor, span: Tensor, J: int) -> Tensor:
     """Sum of x (Q,) over the tokens of each span, (J,) in fp32; `span` (Q,) int64 holds each token's span number."""
-    return torch.zeros(spans, device=x.device).index_add(0, span, x.float())
+    return torch.zeros(J, device=x.device).index_add(0, span, x.float())
 
 
 def advantages(
-    reward: torch.Tensor,
-    baseline: torch.Tensor,
-    logp_old: torch.Tensor,
-    logp_ref: torch.Tensor,
-    span: torch.Tensor,
-    *,
-    beta: float,
-) -> torch.Tensor:
+    reward: Tensor, baseline: Tensor, logp_old: Tensor, logp_ref: Tensor, span: Tensor, *, beta: float
+) -> Tensor:
     """A of (2) and (5), (J,): reward − baseline − β·log(π_old/π_ref), the log-ratio summed over the span's tokens.
 
     reward and baseline (J,); logp_old, logp_ref and span (Q,).
@@ -150,22 +146,16 @@ def advantages(
 
 
 def policy_loss(
-    logp: torch.Tensor,
-    logp_old: torch.Tensor,
-    span: torch.Tensor,
-    advantage: torch.Tensor,
-    weight: torch.Tensor,
-    *,
-    epsilon: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    logp: Tensor, logp_old: Tensor, span: Tensor, advantage: Tensor, weight: Tensor, *, epsilon: float
+) -> tuple[Tensor, Tensor]:
     """L of (3) and (6), −Σ weight · min(r·A, clip(r, 1−ε, 1+ε)·A), and the ratio r of each span, (J,), detached.
 
-    logp (Q,) has the gradient, logp_old and span (Q,) do not; advantage and weight (J,), the weights those of `spans`,
-    so that the loss of an update is the plain sum over its micro-batches.
+    logp (Q,) carries the gradient; logp_old and span (Q,) do not. advantage and weight (J,); `weight` is that of
+    `spans`, so the loss of an update is the sum of the losses of its micro-batches.
     """
     tokens = span_sum(torch.ones_like(logp), span, len(advantage))
-    # Departs from the paper, with the release: the mean, not the sum, of the token log-ratios. The product over a long
-    # span leaves the clip range at once (the same length-normalised ratio as GSPO, arXiv 2507.18071).
+    # Departs from the paper, with the release: the mean, not the sum, of the token log-ratios, a length-normalised
+    # ratio as in GSPO (arXiv 2507.18071). The product over a long span would leave the clip range at once.
     ratio = (span_sum(logp - logp_old, span, len(advantage)) / tokens).exp()
     gain = torch.minimum(ratio * advantage, ratio.clamp(1 - epsilon, 1 + epsilon) * advantage)
     return -(weight * gain).sum(), ratio.detach()

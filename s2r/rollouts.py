@@ -42,26 +42,15 @@ class Trajectory:
 
     def to_row(self) -> dict:
         """The row of a rollout file: problem, ids, log-probabilities, actions with their rewards R_a, and R_o."""
-        actions = []
+        own = ("sample", "temperature", "prompt_ids", "ids", "logp", "finished", "text")
+        row = {name: getattr(self.problem, name) for name in ("unique_id", "problem", "answer", "level")}
+        row |= {name: getattr(self, name) for name in own} | {"actions": []}
+        row["logp"] = [round(x, 6) for x in self.logp]
         for action, reward in zip(self.actions, rl.process_rewards(self.actions, self.finished)):
             read = {"answer": action.answer} if action.kind == "solve" else {"verdict": action.verdict}
             span = {"kind": action.kind, "start": action.start, "end": action.end}
-            actions.append(span | read | {"reward": int(reward)})
-        return {
-            "unique_id": self.problem.unique_id,
-            "problem": self.problem.problem,
-            "answer": self.problem.answer,
-            "level": self.problem.level,
-            "sample": self.sample,
-            "temperature": self.temperature,
-            "prompt_ids": self.prompt_ids,
-            "ids": self.ids,
-            "logp": [round(x, 6) for x in self.logp],
-            "finished": self.finished,
-            "text": self.text,
-            "actions": actions,
-            "reward": int(rl.outcome_reward(self.actions)),
-        }
+            row["actions"].append(span | read | {"reward": int(reward)})
+        return row | {"reward": int(rl.outcome_reward(self.actions))}
 
 
 def load_rollouts(path: str | Path, tokenizer: Tokenizer) -> list[Trajectory]:

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from s2r.data import write_jsonl
-from s2r.run.flags import ROOT
+from s2r.run.flags import ROOT, start
 from s2r.view.curves import Config, main
 
 POINT = r"<use [^>]*fill: #1f77b4"  # in the colour of the first run
@@ -73,7 +73,11 @@ def test_curves_command_says_in_one_line_that_a_log_is_missing(tmp_path):
     assert ended.stderr.count("\n") == 1
 
 
-def test_curves_without_matplotlib_say_what_to_install(runs, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ValueError, match="pip install matplotlib"):
-        main(Config(runs, str(tmp_path / "curves.svg")))
+def test_curves_without_matplotlib_say_what_to_install(runs, tmp_path, monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.startswith("matplotlib")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(sys, "argv", ["curves", *map(str, runs), "--out", str(tmp_path / "f.svg")])
+    with pytest.raises(SystemExit):
+        start(main, Config)
+    assert capsys.readouterr().err.rstrip().endswith("pip install matplotlib")

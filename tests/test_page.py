@@ -8,9 +8,9 @@ import pytest
 from test_rl import response
 
 import sample
-from s2r import rl
+from s2r.data import write_jsonl
 from s2r.hf.tokenizer import Tokenizer
-from s2r.view.page import FILTERS, labels, page
+from s2r.view.page import FILTERS, Config, labels, main, page
 from tiny_model import problem_file, tiny_model
 
 
@@ -40,8 +40,7 @@ def test_labels_name_what_happened(code, expected, tokenizer):
 
 def test_page_holds_every_action_with_reward_advantage_and_tokens(tokenizer):
     group = [response("-i+c", tokenizer), response("+c", tokenizer)]
-    credits = rl.online_credit(group, "process", 1)
-    found = content(page(group, credits, tokenizer, "title"))
+    found = content(page(group, tokenizer, "title"))
     assert found["title"] == "title" and found["filters"] == list(FILTERS)
     first, second = found["rows"]
     assert [a["reward"] for a in first["actions"]] == [-1, 1, 1, 1]
@@ -60,7 +59,7 @@ def test_page_keeps_model_text_from_becoming_markup(tokenizer):
     ids = tokenizer.encode(trouble)
     hostile = replace(base, problem=replace(base.problem, problem=trouble), ids=ids, logp=[0.0] * len(ids),
                       actions=[replace(base.actions[0], start=0, end=len(ids), answer=trouble)])
-    html = page([hostile], rl.online_credit([hostile], "process", 1), tokenizer, trouble)
+    html = page([hostile], tokenizer, trouble)
     assert html.count("</script>") == 2 and "<img" not in html and "<!--" not in html
     row = content(html)["rows"][0]
     assert row["problem"] == row["actions"][0]["answer"] == trouble
@@ -72,3 +71,10 @@ def test_sample_writes_a_page(folder, tmp_path):
     sample.main(sample.Config(model=str(folder), data=str(problem_file(tmp_path / "p.jsonl", 3)), max_new_tokens=9,
                               show=0, html=str(out)))
     assert len(content(out.read_text())["rows"]) == 3
+
+
+def test_page_of_a_rollout_file_is_that_of_its_trajectories(tokenizer, folder, tmp_path):
+    group = [response("-i+c", tokenizer), response("+c", tokenizer)]
+    write_jsonl(tmp_path / "r.jsonl", (t.to_row() for t in group))
+    main(Config(str(tmp_path / "r.jsonl"), str(folder), str(tmp_path / "page.html")))
+    assert (tmp_path / "page.html").read_text() == page(group, tokenizer, str(tmp_path / "r.jsonl"))

@@ -1,6 +1,5 @@
-"""A trajectory in the terminal: what is printed of it, with and without a gold answer, and in colour."""
+"""A trajectory in the terminal: what is printed of it, with and without a gold answer."""
 
-import re
 from dataclasses import replace
 
 import pytest
@@ -41,10 +40,3 @@ def test_show_grades_nothing_without_a_gold_answer(tokenizer):
     asked = response("-i+c", tokenizer)
     printed = show(replace(asked, problem=replace(asked.problem, answer="")))
     assert "answer 8" in printed and "reward" not in printed and "gold" not in printed
-
-
-def test_show_in_colour_says_the_same(tokenizer):
-    trajectory = response("-i+c", tokenizer)
-    coloured = show(trajectory, colour=True)
-    assert re.sub(r"\033\[\d+m", "", coloured) == show(trajectory)
-    assert "\033[31m" in coloured and "\033[32m" in coloured

@@ -85,7 +85,7 @@ def start(main: Callable, config: type) -> None:
         ours = file.parent == ROOT or any(file.is_relative_to(ROOT / room) for room in ("s2r", "kernels"))
         if isinstance(error, ValueError) and not ours:
             raise
-        hint = f"; pip install {error.name}" if isinstance(error, ModuleNotFoundError) else ""
+        hint = f"; pip install {error.name.partition('.')[0]}" if isinstance(error, ModuleNotFoundError) else ""
         print(f"error: {error}{hint}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:

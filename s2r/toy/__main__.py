@@ -1,4 +1,4 @@
-"""All of S²R on a laptop's CPU, in a world of arithmetic: base model → stage 0 → SFT → RL. Start reading here.
+"""All of S²R on a laptop's CPU, in a world of arithmetic: base model → stage 0 → SFT → RL.
 
     python -m s2r.toy                        ten minutes on two cores; ends with a table of what each model reached
 

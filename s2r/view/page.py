@@ -1,20 +1,33 @@
-"""Many trajectories as one web page that needs no other file: `sample.py --html FILE`.
+"""Many trajectories as one web page that needs no other file.
+
+    python sample.py --model DIR --data F.jsonl --html PAGE.html
+    python -m s2r.view.page --rollouts R.jsonl --model DIR --out PAGE.html      of rollouts that DIR sampled before
 
 Each trajectory is a column of blocks, one per action, with verdict, reward and advantage. The pointer on a token
 shows its log p. The filters select what is worth reading: answers that were corrected or spoiled, errors that a
 verify missed, right answers that it called wrong. `page.html` is the template. Model text goes into it as data
-and is displayed as text, never as markup. Called by `sample.py`.
+and is displayed as text, never as markup.
 """
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from s2r.data import check_output
 from s2r.hf.tokenizer import Tokenizer
-from s2r.rl import Credit
-from s2r.rollouts import Trajectory
+from s2r.rl import online_credit
+from s2r.rollouts import Trajectory, load_rollouts
+from s2r.run.flags import start
 
 FILTERS = ("corrected", "spoiled", "missed", "false alarm", "cut off")
+
+
+@dataclass(frozen=True)
+class Config:
+    rollouts: str  # rollout file (sample.py --out)
+    model: str  # the model that sampled them, for its tokenizer
+    out: str  # web page to write
 
 
 def labels(trajectory: Trajectory) -> list[str]:
@@ -32,10 +45,10 @@ def labels(trajectory: Trajectory) -> list[str]:
     return [name for name in FILTERS if holds[name]]
 
 
-def page(trajectories: Sequence[Trajectory], credits: Sequence[Credit], tokenizer: Tokenizer, title: str) -> str:
-    """The page as HTML; `credits` are those of the process level, one per trajectory: rewards and baselines."""
+def page(trajectories: Sequence[Trajectory], tokenizer: Tokenizer, title: str) -> str:
+    """The page as HTML. Rewards and advantages are those of the process level, without the KL term."""
     rows = []
-    for trajectory, credit in zip(trajectories, credits):
+    for trajectory, credit in zip(trajectories, online_credit(trajectories, "process", 1)):
         row = trajectory.to_row()
         texts = [b"" if id in tokenizer.stop_ids else tokenizer.token_bytes(id) for id in trajectory.ids]
         tokens = [(text.decode("utf-8", "replace"), round(p, 3)) for text, p in zip(texts, trajectory.logp)]
@@ -47,3 +60,13 @@ def page(trajectories: Sequence[Trajectory], credits: Sequence[Credit], tokenize
     data = json.dumps({"title": title, "filters": FILTERS, "rows": rows}, ensure_ascii=True)
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     return template.replace("DATA", data.replace("<", "\\u003c"))  # no text can end the script element
+
+
+def main(cfg: Config) -> None:
+    check_output(cfg.out)
+    tokenizer = Tokenizer.from_pretrained(cfg.model)
+    Path(cfg.out).write_text(page(load_rollouts(cfg.rollouts, tokenizer), tokenizer, cfg.rollouts), "utf-8")
+
+
+if __name__ == "__main__":
+    start(main, Config)

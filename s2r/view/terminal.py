@@ -14,28 +14,15 @@ Called by `sample.py` and, now and then, by `train_rl.py`.
 from s2r import rl
 from s2r.rollouts import Trajectory
 
-COLOURS = {"solve": 34, "verify": 33, "good": 32, "bad": 31}  # ANSI: blue, yellow, green, red
 
-
-def show(trajectory: Trajectory, colour: bool = False) -> str:
-    """The text above, for one judged trajectory. `colour` adds the terminal's colour codes.
-
-    A problem without a gold answer has no rewards to show.
-    """
-
-    def paint(text: str, name: str) -> str:
-        return f"\033[{COLOURS[name]}m{text}\033[0m" if colour else text
-
-    def rewarded(what: str, reward: float) -> str:
-        return paint(f"{what} {reward:+.0f}", "good" if reward > 0 else "bad")
-
-    gold = trajectory.problem.answer
+def show(trajectory: Trajectory) -> str:
+    """The text above, for one judged trajectory. A problem without a gold answer has no rewards to show."""
+    gold, rewards = trajectory.problem.answer, rl.process_rewards(trajectory.actions, trajectory.finished)
     lines = [f"── problem {trajectory.problem.unique_id}: {trajectory.problem.problem}"]
-    for action, reward in zip(trajectory.actions, rl.process_rewards(trajectory.actions, trajectory.finished)):
+    for action, reward in zip(trajectory.actions, rewards):
         read = f"answer {action.answer}" if action.kind == "solve" else f"verdict {action.verdict}"
-        head = paint(f"── {action.kind}: {read}", action.kind)
-        lines += [head + (f", {rewarded('reward', reward)}" if gold else ""), action.text.strip()]
+        lines += [f"── {action.kind}: {read}" + (f", reward {reward:+.0f}" if gold else ""), action.text.strip()]
     end = "── stopped by itself" if trajectory.finished else "── cut off by the length limit"
-    outcome = rewarded("outcome reward", rl.outcome_reward(trajectory.actions))
+    outcome = f"outcome reward {rl.outcome_reward(trajectory.actions):+.0f}"
     lines.append(end + (f"; gold answer {gold}, {outcome}" if gold else ""))
     return "\n".join(lines)
