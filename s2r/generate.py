@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 from s2r.model import Cache, Transformer
 
-PREFILL = 16_384  # tokens of prompts run through the model at a time
 PATIENCE = 5  # seconds without a progress bar
 
 
@@ -39,7 +38,7 @@ class Rollout:
 def generate(
     model: Transformer, prompts: Sequence[list[int]], *,
     n: int = 1, temperature: float = 1.0, max_new_tokens: int, stop_ids: Iterable[int], seed: int = 0, step: int = 0,
-    streams: Sequence[int] | None = None, slots: int = 128, prefill_tokens: int = PREFILL, progress: bool = True,
+    streams: Sequence[int] | None = None, slots: int = 128, prefill_tokens: int = 16_384, progress: bool = True,
     stop: Callable[[], bool] = lambda: False, known: Iterable[Rollout] = (),
     each: Callable[[Rollout], None] = lambda rollout: None,
 ) -> list[Rollout]:  # fmt: skip

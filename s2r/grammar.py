@@ -149,9 +149,9 @@ def encode(steps: list[dict], tokenizer: Tokenizer) -> tuple[list[int], list[Act
 def sft_targets(ids: list[int], actions: list[Action], tokenizer: Tokenizer) -> list[int]:
     """Positions in the response with δ = 1 in equation (1), ascending: all but the body of every wrong solve.
 
-    The solves before the last are wrong: the model sees them as context and is never taught to write them. It is taught
-    how they open, "Let me try again.", and that a blank line ends them: there it decides between a check and <end>. Many
-    tokenizers fuse the blank line with the full stop before it, which then is a target too.
+    The solves before the last are wrong: the model sees them as context and is never taught to write them. It learns
+    how they open, "Let me try again.", and that a blank line ends them: there it decides between a check and <end>.
+    Many tokenizers fuse the blank line with the full stop before it, which then is a target too.
     """
     last_solve = max(i for i, action in enumerate(actions) if action.kind == "solve")
     targets = []

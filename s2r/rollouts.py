@@ -34,11 +34,11 @@ class Trajectory:
     actions: list[Action]  # spans index `ids`
 
     @classmethod
-    def judged(cls, tokenizer: Tokenizer, problem: Problem, ids: list[int], *, finished: bool, **fields) -> "Trajectory":
+    def judged(cls, tokenizer: Tokenizer, problem: Problem, ids: list[int], *, finished: bool, **more) -> "Trajectory":
         """The trajectory of sampled ids: reads their text and actions, and judges these by the problem's answer."""
         text = tokenizer.decode(ids[:-1] if finished else ids)
         actions = judge(parse(ids, tokenizer), problem.answer)
-        return cls(problem=problem, ids=ids, finished=finished, text=text, actions=actions, **fields)
+        return cls(problem=problem, ids=ids, finished=finished, text=text, actions=actions, **more)
 
     def to_row(self) -> dict:
         """The row of a rollout file: problem, ids, log-probabilities, actions with their rewards R_a, and R_o."""
