@@ -88,12 +88,11 @@ def report(cfg, model, ranks, *, sequences: Sequence[list[int]] = (), prompts: S
         longest = max(longest, min(max(map(len, prompts)) + cfg.max_new_tokens, c.max_positions))
     rows = math.ceil(batch / (cfg.updates if rl else 1) / ranks.size)  # sequences of an optimizer step, on this rank
     reference = cfg.kl > 0 if not rl else cfg.beta > 0 or bool(cfg.offline)  # offline it is π_old as well
-    parts = estimate(
+    return text(estimate(
         c, ranks=ranks.size, itemsize=model.dtype.itemsize, gpu=ranks.device.type == "cuda",
         tokens=min(max(cfg.tokens_per_microbatch, longest), rows * longest), checkpointing=cfg.checkpointing,
         offload=cfg.offload, reference=reference, slots=slots, capacity=longest,
-    )  # fmt: skip
-    return text(parts)
+    ))  # fmt: skip
 
 
 @dataclass(frozen=True)

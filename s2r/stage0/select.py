@@ -23,13 +23,10 @@ class Config:
 
 def main(cfg: Config) -> None:
     check(cfg)
-    rows, problems = read_jsonl(cfg.rollouts), {}
+    rows, keys = read_jsonl(cfg.rollouts), ("unique_id", "problem", "answer")
     try:
         accuracy = sampled_accuracy([(row["unique_id"], row["reward"]) for row in rows])
-        for row in rows:
-            problem = {key: row[key] for key in ("unique_id", "problem", "answer")}
-            level = {} if row.get("level") is None else {"level": row["level"]}
-            problems[row["unique_id"]] = problem | level
+        problems = {row["unique_id"]: {key: row[key] for key in keys} | {"level": row.get("level")} for row in rows}
     except KeyError as error:
         raise ValueError(f"{cfg.rollouts}: a row has no {error}; give a file that sample.py --out wrote") from None
     reasons = {unique_id: out_of_range(fraction, *cfg.accuracy) for unique_id, fraction in accuracy.items()}
