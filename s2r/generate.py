@@ -45,20 +45,17 @@ def generate(
 ) -> list[Rollout]:  # fmt: skip
     """Sample n responses to each prompt, from the whole distribution softmax(logits / temperature); 0 takes the argmax.
 
-    `streams` names the random stream of each prompt (default: its index), so that a share of the prompts, on another
-    rank say, draws what the whole would. `slots` rows are decoded at a time, `prefill_tokens` tokens of prompts run
-    through the model at a time: both change memory and speed alone. When `stop` says so, only the rollouts that are
-    complete come back. `known` rollouts, of a run that was cut short, are not sampled again; `each` gets the new ones, in
-    the order in which they end.
-    Returns the rollouts in order: prompt 0 sample 0, prompt 0 sample 1, … Raises ValueError for an empty prompt or one
-    that leaves no room in the model's context, and for settings that make no sense.
+    `streams` names the random stream of each prompt (default: its index), so that a rank that samples a part of the
+    prompts draws what one process would. `slots`, the rows decoded at a time, and `prefill_tokens`, the prompt tokens
+    run through the model at a time, change memory and speed alone. As soon as `stop()` is true, sampling ends with the
+    rollouts that are complete. `known` rollouts, of an aborted run, are not sampled again; `each` gets a new one as it
+    ends. Returns the rollouts in order: prompt 0 sample 0, prompt 0 sample 1, … Raises ValueError for an empty prompt
+    or one that leaves no room in the model's context, and for settings that make no sense.
     """
     assert model.embed.dtype == model.dtype, "sample from a copy in the compute dtype, not from master weights"
     if max_new_tokens < 1 or temperature < 0 or slots < 1 or n < 1:
-        raise ValueError(
-            f"max_new_tokens {max_new_tokens}, temperature {temperature}, slots {slots}, n {n}: the temperature is at "
-            "least 0, the others at least 1"
-        )
+        found = f"max_new_tokens {max_new_tokens}, temperature {temperature}, slots {slots}, n {n}"
+        raise ValueError(f"{found}: the temperature is at least 0, the others at least 1")
     context = model.config.max_positions
     for i, prompt in enumerate(prompts):
         if not 0 < len(prompt) < context:
@@ -74,7 +71,7 @@ def generate(
     bar = tqdm(total=len(waiting), unit=" rollouts", delay=PATIENCE, disable=not progress)
     # A CUDA graph is captured on the current device.
     with torch.inference_mode(), torch.cuda.device_of(model.embed), model.prepacked(slots), bar:
-        free = list(range(rows.slots))
+        free = list(range(slots))
         while True:
             jobs = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]
             generators = [np.random.default_rng((seed, step, names[i], j)) for i, j in jobs]
@@ -90,7 +87,8 @@ def generate(
                 each(rollout)
                 tokens += len(rollout.ids)
             if free:
-                speed = (tokens + rows.unfinished_tokens()) / (time.perf_counter() - start)
+                unfinished = int((rows.produced * ~rows.done).sum())  # tokens in rows that continue
+                speed = (tokens + unfinished) / (time.perf_counter() - start)
                 bar.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
                 bar.update(len(free))
 
@@ -110,7 +108,7 @@ class _Rows:
     def __init__(self, model, prompts, slots, temperature, max_new_tokens, stop_ids, prefill_tokens):
         device = model.embed.device
         capacity = min(max(map(len, prompts)) + max_new_tokens, model.config.max_positions)
-        self.model, self.prompts, self.slots, self.temperature = model, prompts, slots, temperature
+        self.model, self.prompts, self.temperature = model, prompts, temperature
         self.prefill_tokens, self.room = prefill_tokens, max_new_tokens
         self.jobs: list[tuple[int, int]] = []
         self.prefix: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # prompt → its k and v, (L, t, G, E)
@@ -121,7 +119,6 @@ class _Rows:
         self.ids = torch.zeros(slots, self.room + 1, dtype=torch.int64, device=device)  # stopped rows write to the last
         self.logp = torch.zeros(slots, self.room + 1, device=device)
         self.produced = torch.zeros(slots, dtype=torch.int64, device=device)  # tokens sampled so far
-        self.limit = torch.zeros(slots, dtype=torch.int64, device=device)  # tokens at which the row is cut off
         self.done = torch.ones(slots, dtype=torch.bool, device=device)  # has stopped, or holds no job
         self.steps_per_look, ratio = pace(device)
         self.sizes = [slots // ratio**i for i in range(20) if slots // ratio**i] if ratio > 1 else []  # of a batch
@@ -139,7 +136,6 @@ class _Rows:
             self.token[slot] = prompt[-1]
             self.uniform[slot, : self.room] = torch.from_numpy(stream.random(self.room, dtype=np.float32))
             self.produced[slot], self.done[slot] = 0, False
-            self.limit[slot] = min(self.room, self.model.config.max_positions - len(prompt))
             self.jobs[slot : slot + 1] = [(i, j)]  # replaces the slot's job, or appends one
 
     def _prefill(self, prompts: list[int]) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
@@ -151,14 +147,12 @@ class _Rows:
             chosen.append(i)
             ids += self.prompts[i][:-1]
             borders.append(len(ids))
-        device = self.token.device
-        k, v = self.model.prefill(
-            torch.tensor(ids, device=device, dtype=torch.int64), torch.tensor(borders, device=device)
-        )
+        where = {"dtype": torch.int64, "device": self.token.device}
+        k, v = self.model.prefill(torch.tensor(ids, **where), torch.tensor(borders, **where))
         return {i: (k[:, a:b], v[:, a:b]) for i, a, b in zip(chosen, borders, borders[1:])}
 
     def step(self) -> list[int]:
-        """Sample one token for every row, on a GPU some; the slots whose row is now complete, in rising order."""
+        """Sample one token for every row, on a GPU several. Returns the slots whose row is now complete, ascending."""
         S = min((size for size in self.sizes if size >= len(self.jobs)), default=len(self.jobs))
         for _ in range(self.steps_per_look):
             self._replay(S) if self.token.is_cuda else self._advance(S)
@@ -175,7 +169,8 @@ class _Rows:
         self.token[:S] = torch.where(stopped, self.token[:S], token)
         self.produced[:S] += ~stopped
         self.cache.lengths[:S] -= stopped.long()  # decode made every row longer, stopped ones too
-        self.done[:S] |= (token[:, None] == self.stop_ids).any(1) | (self.produced[:S] == self.limit[:S])
+        full = (self.produced[:S] == self.room) | (self.cache.lengths[:S] == self.model.config.max_positions - 1)
+        self.done[:S] |= (token[:, None] == self.stop_ids).any(1) | full
 
     def _replay(self, S: int) -> None:
         """`_advance` as a CUDA graph: one launch instead of some hundred. The first time compiles, the next records."""
@@ -188,10 +183,6 @@ class _Rows:
             with torch.cuda.graph(self.graphs[S]):
                 self._advance(S)
         self.graphs[S].replay()
-
-    def unfinished_tokens(self) -> int:
-        """Tokens sampled so far in rows that go on."""
-        return int((self.produced * ~self.done).sum())
 
     def take(self, slot: int) -> Rollout:
         """The finished rollout of a slot."""
@@ -207,10 +198,9 @@ class _Rows:
             t = int(self.cache.lengths[last])
             for x in (self.cache.k, self.cache.v):
                 x[:, slot, :t] = x[:, last, :t]
-            state = (self.token, self.uniform, self.ids, self.logp, self.produced, self.limit, self.done)
-            for x in (self.cache.lengths, *state):
+            state = (self.token, self.uniform, self.ids, self.logp, self.produced, self.done, self.cache.lengths)
+            for x in (*state, self.jobs):
                 x[slot] = x[last]
-            self.jobs[slot] = self.jobs[last]
         self.done[last] = True
         self.jobs.pop()
 

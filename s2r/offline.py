@@ -73,12 +73,9 @@ def recall(
     are dropped. Raises ValueError for rollouts of another temperature, and when fewer are left than one step takes.
     """
     trajectories = load_rollouts(path, tokenizer)
-    for t in trajectories:
-        if t.temperature != temperature:
-            raise ValueError(
-                f"{path}: problem {t.problem.unique_id} was sampled at temperature {t.temperature}, --temperature is "
-                f"{temperature}; make them the same, or no probability is right"
-            )
+    if others := {t.temperature for t in trajectories} - {temperature}:
+        found = f"sampled at temperature {min(others)}, --temperature is {temperature}"
+        raise ValueError(f"{path}: {found}; make them the same, or no probability is right")
     accuracy = sampled_accuracy([(t.problem.unique_id, outcome_reward(t.actions)) for t in trajectories])
     reasons = [out_of_range(accuracy[t.problem.unique_id], *ACCURACY) or unfit(t.actions) for t in trajectories]
     counts = Counter({"rollouts": len(trajectories)})

@@ -260,7 +260,7 @@ def gradients(model: Transformer) -> dict[str, torch.Tensor]:
     with torch.no_grad():
         for place, p in zip(holder.parameters(), model.parameters(), strict=True):
             place.copy_(p.grad)
-    return hf_weights.views(holder)
+    return {name: p.detach()[start:end] for name, (p, start, end) in hf_weights.places(holder).items()}
 
 
 def backward(model: Transformer, weights: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -95,15 +95,12 @@ class ModelConfig:
         )  # fmt: skip
 
     def inverse_frequencies(self) -> torch.Tensor:
-        """Angular speed per position of each rotary pair, (E/2,) fp32.
-
-        Llama 3.1 divides it by `factor` where the wavelength exceeds the old context, and blends before that
-        (github.com/meta-llama/llama-models, models/llama3/model.py).
-        """
+        """Angular speed per position of each rotary pair, (E/2,) fp32, with Llama 3.1's scaling if there is one."""
         E, s = self.head_dim, self.rope_scaling
         speed = self.rope_theta ** (-torch.arange(0, E, 2, dtype=torch.float32) / E)
         if s is None:
             return speed
+        # Divided by `factor` beyond the old context, blended before (github.com/meta-llama/llama-models, llama3/model.py).
         turns = s["original_max_position_embeddings"] * speed / (2 * math.pi)  # full turns within the old context
         low, high = s["low_freq_factor"], s["high_freq_factor"]
         kept = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slow pair, scaled; 1: fast pair, as it was

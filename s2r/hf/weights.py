@@ -48,11 +48,6 @@ def places(model) -> dict[str, tuple[torch.nn.Parameter, int, int]]:
     return found
 
 
-def views(model) -> dict[str, torch.Tensor]:
-    """Hugging Face name → view of our parameter's rows."""
-    return {name: p.detach()[start:end] for name, (p, start, end) in places(model).items()}
-
-
 @torch.no_grad()
 def load(model, folder: str | Path) -> None:
     """Fill the parameters of `model` from the folder. Where they are spread over ranks, each reads its own rows.
@@ -116,7 +111,7 @@ def save(model, folder: str | Path, dtype: torch.dtype) -> None:
     if model.config.hf is None:
         raise ValueError("save_pretrained needs ModelConfig.hf, the config.json to write")
     folder.mkdir(parents=True, exist_ok=True)
-    weights, groups, room = views(model), [], 0
+    weights, groups, room = {name: p.detach()[a:b] for name, (p, a, b) in places(model).items()}, [], 0
     sizes = {name: view.numel() * dtype.itemsize for name, view in weights.items()}
     for name, size in sizes.items():
         if not groups or size > room:

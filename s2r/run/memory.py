@@ -18,8 +18,8 @@ the other letters of `s2r/__init__.py`. The peak is "always" plus the larger of 
               head           8·V·D + a slab of logits   the gradient of its matrix, twice
 
 Not counted: torch and CUDA themselves, NCCL's buffers, the work of a single layer, the allocator's reserve.
-`tests/test_memory.py` compares the sum with measured peaks on a CPU; on a GPU nothing was measured. Called by
-the training scripts when they start.
+`tests/test_memory.py` compares the sum with peaks measured on a CPU; none was measured on a GPU. Called by the
+training scripts when they start.
 """
 
 import math
@@ -112,11 +112,10 @@ def main(cfg: Config) -> None:
     longest = min(PROMPT + cfg.max_new_tokens, c.max_positions)
     print(f"{cfg.model}: {parameters(c)[0] / 1e9:.3g} billion parameters, bf16; each of {cfg.gpus} GPUs:")
     for stage, slots in (("SFT", 0), ("RL", min(cfg.slots, math.ceil(ROLLOUTS / cfg.gpus)))):
-        parts = estimate(
+        print(f"{stage}:", text(estimate(
             c, ranks=cfg.gpus, itemsize=2, gpu=True, tokens=max(cfg.tokens_per_microbatch, longest),
             checkpointing=cfg.checkpointing, offload=cfg.offload, reference=True, slots=slots, capacity=longest,
-        )  # fmt: skip
-        print(f"{stage}: {text(parts)}")
+        )))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m s2r.stage0.select --rollouts ROLLOUTS.jsonl --out PROBLEMS.jsonl
 
-Reads what `sample.py --n 8 --temperature 0.7 --out` writes and keeps the problems whose sampled accuracy lies in a range.
+Reads what `sample.py --n 8 --temperature 0.7 --out` writes, and keeps the problems whose sampled accuracy is in a range.
 If all rollouts of a problem get the same reward, their advantages are zero and nothing is learnt from them.
 """
 
