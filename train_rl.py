@@ -152,7 +152,7 @@ def check_settings(cfg: Config) -> None:
 def online_source(cfg: Config, problems: list, sampler: loop.Sampler) -> tuple[Callable, Callable, list]:
     """collect(step): judged trajectories; credit(trajectories): a Credit for each; []: no sequence is known yet."""
     if cfg.problems > len(problems):
-        raise ValueError(f"{cfg.data} holds {len(problems)} problems, --problems asks for {cfg.problems} a step")
+        raise ValueError(f"{cfg.data} holds {len(problems)} problems, --problems asks for {cfg.problems} a step; lower it")
 
     def collect(step: int) -> list[Trajectory]:
         rows = draw(len(problems), cfg.problems, step, cfg.seed)

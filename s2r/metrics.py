@@ -29,7 +29,6 @@ fraction of verifies without a readable verdict; `by_level`, accuracy and trials
 of all first verifies, of all second ones, and so on. `at_k` computes the `standard_error` of accuracy over problems
 and, for n > 1 responses per problem and k = 1, 2, 4, … and n, `pass_at_k` (is one of k responses right? estimated
 from all n, arXiv 2107.03374) and `maj_at_k` (is the most frequent answer of the first k right?).
-Called by `sample.py`, `train_rl.py`, and `s2r/run/loop.py` (evaluation during training).
 """
 
 from collections.abc import Sequence

@@ -85,7 +85,7 @@ def recall(
         counted = ", ".join(f"{count} {what}" for what, count in counts.items())
         raise ValueError(
             f"{path}: {len(kept)} of {len(trajectories)} rollouts are fit to learn from ({counted}), a step takes "
-            f"{per_step}; lower --problems or --rollouts, or sample more"
+            f"{per_step}; lower --problems or --rollouts, or sample more problems that the model solves sometimes"
         )
     return kept, [accuracy[t.problem.unique_id] for t in kept], counts
 

@@ -78,7 +78,8 @@ def load_rollouts(path: str | Path, tokenizer: Tokenizer) -> list[Trajectory]:
                 )
             )  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: row {number}: {error!r}; give a file that sample.py --out wrote") from None
+            what = f"no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{path}: row {number}: {what}; give a file that sample.py --out wrote") from None
     return trajectories
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from s2r import grade, latex
+from s2r.grade import judge as grade
+from s2r.grade import latex
 from s2r.grade import MAX_CHARS, equivalent, extract_answer, parsable
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

@@ -84,7 +84,7 @@ class Tokenizer:
         self.folder = Path(folder)
         path = self.folder / "tokenizer.json"
         if not path.exists():
-            raise FileNotFoundError(f"{path}: not found; point at a Hugging Face model folder that holds one")
+            raise FileNotFoundError(f"{path}: not found; --model is a local Hugging Face folder (hf download NAME --local-dir FOLDER)")
         try:
             self._backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception

@@ -168,7 +168,9 @@ def main(cfg: Config) -> None:
     for name in sorted(counts, key=lambda name: (name.startswith("kept"), ":" in name, name)):
         print(f"{counts[name]:7,}  {name}")
     if not examples:
-        raise ValueError(f"{cfg.rollouts}: no problem gives a trajectory; sample more, or easier, problems")
+        untrue = counts["problem: no true verification of the right answer"]
+        advice = "verify with a stronger model, into a new file" if untrue else "sample more, or easier, problems"
+        raise ValueError(f"{cfg.rollouts}: no problem gives a trajectory (reasons above); {advice}")
     write_jsonl(cfg.out, examples)
 
 

@@ -186,7 +186,7 @@ def main(cfg: Config) -> None:
     if not rows:
         raise ValueError(
             f"{cfg.rollouts}: no problem has a right answer, in \\boxed, in a finished sample, so no trajectory "
-            "can be built; give more samples, easier problems or another base model"
+            "can be built; give more samples, a higher --max-new-tokens, easier problems or another base model"
         )
     if not todo:
         return

@@ -7,8 +7,6 @@
     Wait, let me recheck my solution. 3+4=7. Therefore, the answer is incorrect.
     …
     ── stopped by itself; gold answer 7, outcome reward +1
-
-Called by `sample.py` and, now and then, by `train_rl.py`.
 """
 
 from s2r import rl
