@@ -283,7 +283,7 @@ def break_json(folder):
 
 
 @pytest.mark.parametrize("damage, error, words", [
-    (lambda f: (f / "tokenizer.json").unlink(), FileNotFoundError, "tokenizer.json: not found; point at"),
+    (lambda f: (f / "tokenizer.json").unlink(), FileNotFoundError, "tokenizer.json: not found; --model wants a local folder"),
     (break_json, ValueError, "tokenizer.json: not a tokenizer.json .*download"),
     (lambda f: (f / "config.json").write_text("{"), ValueError, "config.json: not JSON .*fetch"),
     (lambda f: edit(f, "tokenizer_config.json", chat_template=None), ValueError, "no chat template .*instruct"),

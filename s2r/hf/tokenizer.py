@@ -84,7 +84,7 @@ class Tokenizer:
         self.folder = Path(folder)
         path = self.folder / "tokenizer.json"
         if not path.exists():
-            raise FileNotFoundError(f"{path}: not found; --model is a local Hugging Face folder (hf download NAME --local-dir FOLDER)")
+            raise FileNotFoundError(f"{path}: not found; --model wants a local folder (hf download NAME --local-dir DIR)")
         try:
             self._backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
