@@ -1,6 +1,6 @@
 """All of S²R on a laptop's CPU, in a world of arithmetic: base model → stage 0 → SFT → RL.
 
-    python -m s2r.toy                        ten minutes on two cores; ends with a table of what each model reached
+    python -m s2r.toy                        13 minutes on two cores; ends with a table of what each model reached
 
 `PLAN` lists the commands. They are those that train a large model, with smaller settings. What is made is not made
 again, so a second call continues where the first was stopped. `s2r/toy/world.py` explains the problems.
