@@ -23,7 +23,7 @@ from s2r import metrics, offline, rl
 from s2r.data import draw, load_problems, order
 from s2r.model import Transformer
 from s2r.packing import Pack, pack, policy_logp
-from s2r.rollouts import Trajectory, encode_prompts
+from s2r.rollouts import Trajectory, encode_prompts, sequences
 from s2r.run import flags, loop, memory
 from s2r.run.checkpoint import Run
 from s2r.run.ranks import Ranks
@@ -76,11 +76,11 @@ def main(cfg: Config) -> None:
     sampler = loop.Sampler(cfg, ranks, model, tokenizer, stop)
     prompts = encode_prompts(problems, tokenizer, model.config.max_positions) + sampler.prompts
     if cfg.offline:
-        collect, credit, sequences = offline_source(cfg, tokenizer, reference, ranks)
+        collect, credit, recorded = offline_source(cfg, tokenizer, reference, ranks)
     else:
-        collect, credit, sequences = online_source(cfg, problems, sampler)
+        collect, credit, recorded = online_source(cfg, problems, sampler)
     if ranks.rank == 0:
-        print(memory.report(cfg, model, ranks, sequences=sequences, prompts=prompts))
+        print(memory.report(cfg, model, ranks, sequences=sequences(recorded)[0], prompts=prompts))
     run = Run(cfg, ranks, data=cfg.offline or cfg.data, steps=cfg.steps)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=True)
     done = run.restore(model, optimizer)
@@ -150,7 +150,7 @@ def check_settings(cfg: Config) -> None:
 
 
 def online_source(cfg: Config, problems: list, sampler: loop.Sampler) -> tuple[Callable, Callable, list]:
-    """collect(step): judged trajectories; credit(trajectories): a Credit for each; []: no sequence is known yet."""
+    """collect(step): judged trajectories; credit(trajectories): a Credit for each; []: nothing is recorded."""
     if cfg.problems > len(problems):
         raise ValueError(f"{cfg.data} holds {len(problems)} problems, --problems asks for {cfg.problems} a step; lower it")
 
@@ -162,7 +162,7 @@ def online_source(cfg: Config, problems: list, sampler: loop.Sampler) -> tuple[C
 
 
 def offline_source(cfg: Config, tokenizer, reference, ranks: Ranks) -> tuple[Callable, Callable, list]:
-    """As `online_source`, from recorded rollouts: their credit is computed once, and all their ids are known."""
+    """As `online_source`, from recorded rollouts: their credit is computed once; and all these rollouts."""
     recorded, accuracy, counts = offline.recall(cfg.offline, tokenizer, cfg.temperature, cfg.problems * cfg.rollouts)
     if ranks.rank == 0:
         print("\n".join(f"{count:7,}  {what}" for what, count in counts.items()))
@@ -173,8 +173,7 @@ def offline_source(cfg: Config, tokenizer, reference, ranks: Ranks) -> tuple[Cal
     def collect(step: int) -> list[Trajectory]:
         return [recorded[i] for i in draw(len(recorded), cfg.problems * cfg.rollouts, step, cfg.seed)]
 
-    sequences = [t.prompt_ids + t.ids for t in recorded]
-    return collect, lambda trajectories: [credits[id(t)] for t in trajectories], sequences
+    return collect, lambda trajectories: [credits[id(t)] for t in trajectories], recorded
 
 
 @dataclass(frozen=True)
@@ -198,10 +197,8 @@ def score(
     """This rank's micro-batches of one update, scored. The update reuses them, so online its ratio starts at 1."""
     total, device = len(part), ranks.device
     part = [part[i] for i in ranks.share([len(t.prompt_ids) + len(t.ids) for t, _ in part])]
-    ids = [t.prompt_ids + t.ids for t, _ in part]
-    positions = [list(range(len(t.prompt_ids), len(row))) for (t, _), row in zip(part, ids)]  # of the response tokens
     out = []
-    for p in ranks.even(pack(ids, positions, cfg.tokens_per_microbatch, device)):
+    for p in ranks.even(pack(*sequences([t for t, _ in part]), cfg.tokens_per_microbatch, device)):
         span, reward, baseline, weight = rl.spans([part[row][1] for row in p.rows], total, device)
         logp_old, entropy = policy_logp(old, p, cfg.temperature)
         same = reference is None or reference is old  # β = 0, which needs no π_ref; or offline, where π_ref is π_old

@@ -29,7 +29,7 @@ from s2r.hf.tokenizer import Tokenizer
 from s2r.model import Transformer
 from s2r.packing import pack, policy_logp
 from s2r.rl import Credit, group_means, outcome_reward, reward_contexts, span_rewards
-from s2r.rollouts import Trajectory, load_rollouts
+from s2r.rollouts import Trajectory, load_rollouts, sequences
 
 ACCURACY = (0.1, 0.7)  # sampled accuracy of the problems that are kept, both ends included (paper)
 MAX_ACTIONS = 20  # longest trajectory that is kept (paper)
@@ -117,9 +117,7 @@ def check_policy(path: str | Path, trajectories: Sequence[Trajectory], model: Tr
     The importance ratio of (6) needs π_old to be the policy that sampled; another model with the same tokenizer would
     otherwise go unnoticed. Compares the mean |Δ log p| over all tokens with GAP.
     """
-    ids = [t.prompt_ids + t.ids for t in trajectories]
-    scored = [list(range(len(t.prompt_ids), len(row))) for t, row in zip(trajectories, ids)]
-    packs = pack(ids, scored, budget, model.embed.device)
+    packs = pack(*sequences(trajectories), budget, model.embed.device)
     logp = torch.cat([policy_logp(model, p, trajectories[0].temperature)[0] for p in packs]).cpu()
     gap = (logp - torch.tensor([x for t in trajectories for x in t.logp])).abs().mean().item()
     if not gap <= GAP[model.dtype]:

@@ -83,6 +83,12 @@ def load_rollouts(path: str | Path, tokenizer: Tokenizer) -> list[Trajectory]:
     return trajectories
 
 
+def sequences(trajectories: Sequence[Trajectory]) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of each, prompt and response, and the positions of the response in them: what `pack` takes."""
+    ids = [t.prompt_ids + t.ids for t in trajectories]
+    return ids, [list(range(len(t.prompt_ids), len(row))) for t, row in zip(trajectories, ids)]
+
+
 def encode_prompts(problems: Sequence[Problem], tokenizer: Tokenizer, context: int) -> list[list[int]]:
     """Prompt ids of each problem. Raises ValueError, naming the problem, where they leave no room in the context."""
     prompts = [prompt(problem.problem, tokenizer) for problem in problems]
