@@ -1,7 +1,7 @@
 """Files in and out: problems, SFT trajectories, JSONL rows of any kind; and the order in which they are used.
 
-    problem file, one JSON object a line     {"problem", "answer", "solution"?, "level"?, "subject"?, "unique_id"?}
-    or a published set as it comes           GSM8K, MATH, OlympiadBench: `s2r/sets.py`
+    problem file, one JSON object a line     {"problem", "answer", "solution"?, "formula"?, "level"?, "subject"?, "unique_id"?}
+    or a published set as it comes           GSM8K, MATH, ASDiv, MMLU and more: `s2r/sets.py`
 
     trajectory file   {"unique_id", "problem", "answer", "trajectory": [solve, verify, solve, verify, …]}
     with steps        {"kind": "solve", "text", "correct"}   {"kind": "verify", "text", "verdict"}
@@ -34,6 +34,7 @@ class Problem:
     level: int | None = None  # difficulty, 1 (easy) to 5 in MATH
     subject: str | None = None
     solution: str | None = None
+    formula: str | None = None  # of the solution, as "7+2=9"; several are joined by "; "
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,8 @@ def load_problems(path: str | Path, limit: int = 0) -> list[Problem]:
             failed[number] = error
     if failed:
         number, error = next(iter(failed.items()))
-        more = f" (rows that fail: {', '.join(map(str, failed))})" if len(failed) > 1 else ""
+        first = ", ".join(map(str, list(failed)[:10])) + f" and {len(failed) - 10} more" * (len(failed) > 10)
+        more = f" (rows that fail: {first})" if len(failed) > 1 else ""
         raise ValueError(f"{path}: row {number}: {error}{more}") from error
     if blank:
         print(f"{path}: rows with an empty answer, skipped: {', '.join(map(str, blank))}", file=sys.stderr)
@@ -181,7 +183,7 @@ def _problem(row: dict, unique_id: str) -> Problem:
     if not isinstance(level, int | None):
         raise ValueError(f'"level" is {level!r}; write a whole number or leave it out')
     unique_id = str(row.get("unique_id") or unique_id)
-    return Problem(problem, answer, unique_id, level, row["subject"], row["solution"])
+    return Problem(problem, answer, unique_id, level, row["subject"], row["solution"], row["formula"])
 
 
 def _check_steps(steps: object) -> None:

@@ -1,39 +1,57 @@
 """Problem sets as they were published → plain rows, as our own problem files have them. Called by `s2r/data.py`.
 
-    {"question", "answer": "… #### 42"}                   GSM8K: the answer stands after "####", the solution before
-    {"problem", "solution", "level": "Level 3", "type"}   MATH: the answer is the last \\boxed of the solution
-    {"question", "context", "final_answer": [str, …]}     OlympiadBench: several answers are joined by commas
+    set                    keys                                        problem, gold answer
+    MATH, our own files    problem, answer or solution                 answer; without one, the last \\boxed of the solution
+    GSM8K                  question, answer                            what follows "####"; the rest is the solution
+    OlympiadBench          question, context, final_answer, unit       several answers are joined by commas
+    ASDiv                  body, question, answer, formula             "9 (apples)" is 9
+    SVAMP                  Body, Question, Answer, Equation
+    MAWPS                  input, target
+    MMLU, MMLU-Pro, AQuA   question, choices or options, answer or     lettered options; a letter, also where the file
+                           correct                                     has an index
+    StrategyQA             question, answer                            true is Yes, false is No
+    FOLIO                  premises, conclusion, label                 True, False or Uncertain
+    CRUXEval               code, input, output                         a Python literal
 """
+
+import re
 
 from s2r.grade import extract_answer
 
+# A row is refused if it holds one of these and its set does not use it: without them the problem may say something else.
+MEANING = {"body", "Body", "context", "choices", "options", "unit", "error", "premises", "code", "passage", "image"}
+
 
 def plain(row: dict) -> dict:
-    """The row with `problem`, `answer`, `solution`, `level` and `subject` in our own form; other keys stay.
+    """The row with `problem`, `answer`, `solution`, `formula`, `level` and `subject` in our own form; other keys stay.
 
-    Nothing is checked here: what cannot be converted stays as it is, and the reader of the row says what is wrong.
+    What cannot be converted stays as it is, and the reader of the row says what is wrong. Raises ValueError for a row
+    that would be read in part.
     """
-    problem = row.get("problem", row.get("question"))
-    answer, solution, level = row.get("answer", row.get("final_answer")), row.get("solution"), row.get("level")
-    context = row.get("context")
-    if isinstance(problem, str) and isinstance(context, str) and context.strip():
-        problem = f"{context}\n{problem}"
-    if isinstance(answer, list) and all(isinstance(part, str) for part in answer):
-        answer = ", ".join(answer)
-    if isinstance(answer, int | float) and not isinstance(answer, bool):
-        answer = str(answer)
+    keys, read = next((keys, read) for keys, read in SETS if all(any(k in row for k in key.split("|")) for key in keys))
+    used = "|".join(keys).split("|") + ["context", "unit"] * (read is _question)
+    unread = [key for key in row if key in MEANING - set(used) and row[key] not in (None, "", [])]
+    if unread:
+        there = ", ".join(sorted(row.keys() - set(unread)))
+        raise ValueError(f"{unread[0]!r} beside {there} belongs to no known set; convert the row, or drop it")
+    row = row | read(row)
+    solution, answer, level = row.get("solution"), row.get("answer"), row.get("level")
     if isinstance(solution, list):
         solution = "\n".join(map(str, solution))
-    if isinstance(answer, str) and "####" in answer:
-        solution = answer if solution is None else solution
-        answer = answer.rpartition("####")[2].strip()
-    elif not answer and isinstance(solution, str):
+    if isinstance(answer, float) and answer.is_integer():
+        answer = int(answer)
+    if isinstance(answer, int | float) and not isinstance(answer, bool):
+        answer = str(answer)
+    if not answer and isinstance(solution, str):
         answer = extract_answer(solution)
     if isinstance(level, str):  # "Level 3"; "Level ?" occurs
         digits = level.removeprefix("Level ").strip()
         level = int(digits) if digits.isdecimal() else None
-    subject = row.get("subject", row.get("type"))
-    return row | {"problem": problem, "answer": answer, "solution": solution, "level": level, "subject": subject}
+    sums = re.findall(r"<<([^<>]*)>>", solution) if isinstance(solution, str) else []  # GSM8K's calculator annotations
+    return row | {
+        "problem": row.get("problem"), "answer": answer, "solution": solution, "level": level,
+        "formula": row.get("formula") or "; ".join(sums) or None, "subject": row.get("subject", row.get("type")),
+    }
 
 
 def boxed(solution: str, answer: str) -> str:
@@ -41,3 +59,64 @@ def boxed(solution: str, answer: str) -> str:
     if extract_answer(solution) is not None:
         return solution
     return f"{solution.partition('####')[0].strip()}\nThe answer is \\boxed{{{answer}}}."
+
+
+def _question(row: dict) -> dict:
+    problem, answer, solution = row.get("problem", row.get("question")), row.get("answer"), row.get("solution")
+    if isinstance(problem, str) and row.get("context"):
+        problem = f"{row['context']}\n{problem}"
+    if isinstance(problem, str) and row.get("unit"):
+        problem = f"{problem}\nGive the answer in {row['unit']}."
+    if isinstance(answer, bool) and "question" in row:
+        problem, answer = f"{problem}\nAnswer Yes or No.", "Yes" if answer else "No"
+    final = row.get("final_answer")
+    if answer is None and isinstance(final, list) and all(isinstance(part, str) for part in final):
+        answer = ", ".join(final)
+    if isinstance(answer, str) and "####" in answer:
+        solution, answer = solution or answer, answer.rpartition("####")[2].strip()
+    return {"problem": problem, "answer": answer, "solution": solution}
+
+
+def _asdiv(row: dict) -> dict:
+    answer = re.sub(r"\s+\([^()]*\)\s*$", "", row["answer"]) if isinstance(row["answer"], str) else row["answer"]
+    return {"problem": f"{row['body']}\n{row['question']}", "answer": answer}
+
+
+def _svamp(row: dict) -> dict:
+    return {"problem": f"{row['Body']}\n{row['Question']}", "answer": row["Answer"], "formula": row.get("Equation")}
+
+
+def _choice(row: dict) -> dict:
+    options, answer = row.get("choices", row.get("options")), row.get("correct", row.get("answer"))
+    if not isinstance(options, list) or not 2 <= len(options) <= 26:
+        raise ValueError("choices or options are not a list of 2 to 26 options; convert the row, or drop it")
+    letters = [chr(ord("A") + i) for i in range(len(options))]
+    texts = [re.sub(rf"^\s*\(?{letter}[).]\s*", "", str(option)) for letter, option in zip(letters, options)]
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(options):
+        answer = letters[answer]
+    if answer not in letters:
+        raise ValueError(f"answer {answer!r} is neither the letter nor the index, from 0, of an option; correct it")
+    listed = "\n".join(f"({letter}) {text}" for letter, text in zip(letters, texts))
+    return {"problem": f"{row['question']}\n{listed}\nAnswer with the letter of the right option.", "answer": answer}
+
+
+def _folio(row: dict) -> dict:
+    premises = "\n".join(row["premises"]) if isinstance(row["premises"], list) else row["premises"]
+    question = f"Conclusion: {row['conclusion']}\nIs the conclusion True, False or Uncertain?"
+    return {"problem": f"{premises}\n{question}", "answer": "Uncertain" if row["label"] == "Unknown" else row["label"]}
+
+
+def _cruxeval(row: dict) -> dict:
+    question = f"What does f({row['input']}) return? Answer with a Python literal."
+    return {"problem": f"```python\n{row['code']}\n```\n{question}", "answer": row["output"]}
+
+
+SETS = [  # the first whose keys a row has, all of them, reads it
+    (("code", "input", "output"), _cruxeval),
+    (("premises", "conclusion", "label"), _folio),
+    (("question", "choices|options", "answer|correct"), _choice),
+    (("body", "question", "answer"), _asdiv),
+    (("Body", "Question", "Answer"), _svamp),
+    (("input", "target"), lambda row: {"problem": row["input"], "answer": row["target"]}),
+    ((), _question),
+]

@@ -83,7 +83,8 @@ def test_load_problems_reads_our_format(tmp_path):
 def test_load_problems_reads_gsm8k_as_published(tmp_path):
     path = write(tmp_path, {"question": "How many?", "answer": "500 * 2 = <<500*2=1000>>1000.\n#### 1,000"})
     assert load_problems(path) == [
-        Problem("How many?", "1,000", "file/0", solution="500 * 2 = <<500*2=1000>>1000.\n#### 1,000")]
+        Problem("How many?", "1,000", "file/0", solution="500 * 2 = <<500*2=1000>>1000.\n#### 1,000",
+                formula="500*2=1000")]
 
 
 def test_load_problems_reads_math_as_published(tmp_path):
@@ -111,6 +112,68 @@ def test_load_problems_reads_the_rows_of_the_qwen_evaluation_suite(tmp_path):
     write_jsonl(path, [{"question": "Find x.", "final_answer": [2]}])
     with pytest.raises(ValueError, match="row 1: .*answer"):
         load_problems(path)
+
+
+OPTIONS = "Which?\n(A) 21\n(B) 22\nAnswer with the letter of the right option."
+PUBLISHED = [  # a row of each set as published; the problem, the gold answer and the formula that are read
+    ({"body": "Seven apples and two apples.", "question": "How many?", "solution_type": "Addition", "answer": "9 (apples)",
+      "formula": "7+2=9"}, "Seven apples and two apples.\nHow many?", "9", "7+2=9"),
+    ({"body": "b", "question": "q", "answer": "-(1/3)", "formula": "f"}, "b\nq", "-(1/3)", "f"),
+    ({"Body": "Ed has 8.", "Question": "And now?", "Answer": 5.0, "Equation": "( 8.0 - 3.0 )", "Type": "Subtraction"},
+     "Ed has 8.\nAnd now?", "5", "( 8.0 - 3.0 )"),
+    ({"input": "Ed has 8. And now?", "target": "5.5"}, "Ed has 8. And now?", "5.5", None),
+    ({"question": "Which?", "choices": ["21", "22"], "answer": 1, "subject": "algebra"}, OPTIONS, "B", None),  # MMLU-STEM
+    ({"question": "Which?", "options": [21, 22], "answer": "B", "answer_index": 1}, OPTIONS, "B", None),  # MMLU-Pro
+    ({"question": "Which?", "options": ["A)21", "B)22"], "rationale": "r", "correct": "A"}, OPTIONS, "A", None),  # AQuA
+    ({"question": "Is it?", "answer": True, "facts": []}, "Is it?\nAnswer Yes or No.", "Yes", None),  # StrategyQA
+    ({"question": "Is it?", "answer": False}, "Is it?\nAnswer Yes or No.", "No", None),
+    ({"premises": ["All a are b.", "c is a."], "conclusion": "c is b.", "label": "True"},
+     "All a are b.\nc is a.\nConclusion: c is b.\nIs the conclusion True, False or Uncertain?", "True", None),
+    ({"premises": "p", "conclusion": "c", "label": "Unknown"},
+     "p\nConclusion: c\nIs the conclusion True, False or Uncertain?", "Uncertain", None),
+    ({"code": "def f(a):\n    return a", "input": "'x'", "output": "'x'", "id": "sample_0"},
+     "```python\ndef f(a):\n    return a\n```\nWhat does f('x') return? Answer with a Python literal.", "'x'", None),
+    ({"problem": "How long?", "answer": 2, "unit": "m"}, "How long?\nGive the answer in m.", "2", None),
+    ({"question": "How long?", "final_answer": ["3"], "unit": "cm", "error": None}, "How long?\nGive the answer in cm.", "3", None),
+    ({"question": "q", "answer": "2*3=<<2*3=6>>6, +1=<<6+1=7>>7\n#### 7"}, "q", "7", "2*3=6; 6+1=7"),
+    ({"problem": "p", "answer": "1", "formula": "0+1=1"}, "p", "1", "0+1=1"),
+]
+
+
+@pytest.mark.parametrize("row, problem, answer, formula", PUBLISHED)
+def test_load_problems_reads_sets_as_published(tmp_path, row, problem, answer, formula):
+    (read,) = load_problems(write(tmp_path, row))
+    assert (read.problem, read.answer, read.formula) == (problem, answer, formula)
+
+
+@pytest.mark.parametrize("row, words", [
+    ({"problem": "p", "answer": "2", "choices": ["1", "2"]}, "'choices' beside "),
+    ({"problem": "p", "answer": "2", "options": ["1", "2"]}, "'options' beside "),
+    ({"question": "p", "final_answer": ["2"], "error": "1e-2"}, "'error' beside "),
+    ({"question": "q", "answer": "2", "body": "b", "image": "x.png"}, "'image' beside "),
+    ({"question": "q", "answer": "2", "passage": "text"}, "'passage' beside "),
+    ({"input": "q", "target": "2", "context": "c"}, "'context' beside "),
+    ({"question": "q", "choices": ["1", "2"], "answer": 2}, "answer 2 is neither the letter nor the index"),
+    ({"question": "q", "choices": ["1", "2"], "answer": "C"}, "answer 'C' is neither"),
+    ({"question": "q", "choices": ["1", "2"], "answer": True}, "answer True is neither"),
+    ({"question": "q", "options": "A) 1, B) 2", "answer": "A"}, "not a list of 2 to 26 options"),
+    ({"body": "b", "question": "q", "answer": None}, '"answer" is empty'),
+    ({"input": 3, "target": "2"}, 'no "problem"'),
+])
+def test_load_problems_refuses_what_it_would_read_in_part(tmp_path, row, words):
+    with pytest.raises(ValueError, match=f"file.jsonl: row 1: .*{words}"):
+        load_problems(write(tmp_path, row))
+
+
+def test_load_problems_reads_asdiv_whole():
+    if not (SHARED / "asdiv.jsonl").is_file():
+        pytest.skip("no ../shared/data")
+    rows, problems = read_jsonl(SHARED / "asdiv.jsonl"), load_problems(SHARED / "asdiv.jsonl")
+    assert len(problems) == len(rows) == 2215
+    for row, problem in zip(rows, problems):
+        assert row["body"] in problem.problem and row["question"] in problem.problem and problem.formula == row["formula"]
+        assert equivalent(row["answer"].partition(" (")[0], problem.answer)
+    assert (problems[0].answer, problems[0].formula) == ("9", "7+2=9")
 
 
 @pytest.mark.parametrize("row, words", [
@@ -143,6 +206,8 @@ def test_load_problems_lists_all_bad_rows(tmp_path):
     good, bad = {"problem": "p", "answer": "2"}, {"problem": "p", "answer": None}
     with pytest.raises(ValueError, match=r"row 2: .*rows that fail: 2, 4\)"):
         load_problems(write(tmp_path, good, bad, good, bad))
+    with pytest.raises(ValueError, match=r"row 2: .*rows that fail: 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 990 more\)"):
+        load_problems(write(tmp_path, good, *[bad] * 1000))
 
 
 def test_load_problems_refuses_a_negative_limit(tmp_path):

@@ -2,27 +2,32 @@ r"""V_golden, the judge of every solve: is the boxed answer the gold answer?
 
     "… so \boxed{\frac{2}{4}}."  --extract_answer-->  r"\frac{2}{4}"  --equivalent(·, "0.5")-->  True
 
-`equivalent` tries, cheapest first: equal text, choice letter, word, mathematics as `s2r.grade.latex` reads it. Its time is
-bounded: a text has at most MAX_CHARS characters and 8 readings. What cannot be read is wrong, never an error.
+`equivalent` tries, cheapest first: equal text, choice letter, word, time of day, mathematics as `latex.py` reads it. Its
+time is bounded: a text has at most MAX_CHARS characters and 16 readings. What cannot be read is wrong, never an error.
 
-Rules where graders differ:
-- A percent or degree sign is dropped or taken at its word: 10% is 10 and 0.1 (though 10 is not 0.1), 90° is 90 and π/2.
+An answer has one meaning; what it leaves open, gold decides, never the other way round. Where graders differ:
+- 10% is 0.1 for a gold in (0, 1], else 10; 90° is 90 for a rational gold, else π/2; and 0.1 and 10 are a gold of 10%.
 - Decimals are exact: 0.5 is 1/2, 0.33 is not 1/3. Only for a value that no decimal can write (1/3, √2, π) is a decimal
   right that has DECIMAL_DIGITS significant digits and is that value rounded to its last place: 0.333333 is 1/3.
-- Units, currency and \text beside mathematics are dropped (5 cm is 5), save a.m. against p.m. An answer may omit the
-  base that gold has: 204 is 204_5, but 54 is not.
+- Words behind a number are dropped (5 cm is 5), save those of _DECIDING; a letter is a variable: 3s is not 3.
+- An answer may omit the base that gold has: 204 is 204_5, but 54 is not. 9:24 is a time if gold is one, else a ratio.
+- (C) 12 is C, and 12; it is neither if one more capital letter follows.
 - (1,2) is ordered, {1,2} is not; a bare list 1,2 equals (1,2) in that order and {1,2} in any. [0,1) is not (0,1).
-- 1,000 is a thousand or a list of two, whichever fits; within brackets a comma separates, so (1,000) is a pair.
-- x = 5 is 5; y = 2x is 2x - y = 0; x > 3 and x \in (3,\infty) are (3,\infty). "and", "or" and \cup make a list.
-- x^2+2x+1 is (x+1)^2: the form asked for (factored, simplified) is not checked. \log is \ln. a is not A.
+- 1,000 is a thousand, or what gold's comma means; with a space, 1, 000 is a list.
+- x = 5 and f(2) = 5 are 5; y = 2x is 2x - y = 0; x = 1, y = 2 is (1,2); x > 3 and x \in (3,\infty) are (3,\infty).
+- a = b = c ≈ d is c: the last exact member counts. x^2+2x+1 is (x+1)^2, \log is \ln, a is not A.
+
+Answer and gold may change places, but for percent and degree signs, bases, thousands and choices.
 """
 
 import re
 from fractions import Fraction
 from functools import lru_cache
+from itertools import starmap
 from operator import sub
 
-from s2r.grade.latex import MP, TOLERANCE, Group, Number, Unreadable, apply, columns, is_constant, is_name, read
+from s2r.grade.latex import MP, Group, Number, Unreadable, apply, close, columns, is_constant, is_name, read
+from s2r.grade.spelling import spell
 
 MAX_CHARS = 1_000  # longest gold answer of MATH: 159
 DECIMAL_DIGITS = 6
@@ -57,7 +62,7 @@ def parsable(gold: str) -> bool:
     """Whether `gold` can be a gold answer: not blank, at most MAX_CHARS long, braces balanced."""
     if not isinstance(gold, str) or len(gold) > MAX_CHARS or _closing_brace("{" + gold + "}") != len(gold) + 1:
         return False
-    return re.search(r"\w|\\[a-z{]", _normalise(gold)) is not None
+    return re.search(r"\w|\\[a-z{]", spell(gold)) is not None
 
 
 def _closing_brace(text: str) -> int | None:
@@ -70,161 +75,144 @@ def _closing_brace(text: str) -> int | None:
     return None
 
 
+_CHOICE = re.compile(  # (C), with or without the option's text, in which no capital letter stands alone
+    r"\s*(?:(?:[Oo]ption|[Cc]hoice)\s+)?(?:\\[a-z]+\s*\{)?\s*\(?([A-Z])(?:[.:)]?\s*\}?|[.:)]\s*\}?(\\?\s(?:(?![A-Z](?![a-z])).)*))\s*",
+    re.DOTALL)
+_CODE = re.compile(r"""(?:^|[\[({,:]\s*)(['"]).*\1""", re.DOTALL)
+_DECIDING = re.compile(  # words that answer and gold must share
+    r"\b((?i:at\s+(?:least|most)|(?:more|less|fewer|greater|smaller|larger)\s+than|or\s+(?:more|less|fewer|greater)|not|"
+    r"none|never|minus|negative|squared|cubed|factorial|hal(?:f|ves)|tenths|below|odd|even|(?:north|south)(?:east|west)?|east|west)|"
+    r"[Nn]o)\b")
+_OPPOSED = re.compile(r"\b(left|right|above|below|increase|decrease|profit|loss|prime|composite|maximum|minimum|from now|ago)\b")
+_SIGNS = str.maketrans("±∓", "+-"), str.maketrans("±∓", "-+")
+_SPACE = re.compile(r"\s(?![\d.,])|(?<![\d.,])\s")  # all but that within numbers and lists of numbers
+_THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)")
+_TIME = re.compile(r'(\d{1,2}):([0-5]\d)(?::([0-5]\d))?(?:\s*"([ap])m")?|(\d{1,2})\s*"([ap])m"')
+_WORDS = re.compile(r"(?=(?:[^A-Za-z]*[A-Za-z]){3})[A-Za-z][A-Za-z\s.'-]*")
+
+
 @lru_cache(maxsize=1 << 16)
 def _equivalent(answer: str, gold: str) -> bool:
+    if _CODE.search(gold):  # strings of a programming language: no spaces but those that count, and one kind of quotes
+        answer, gold = (re.sub(r"\s*([,:\[\](){}])\s*", r"\1", x.strip().replace('"', "'")) for x in (answer, gold))
+        return answer == gold
     picked, choice = _CHOICE.fullmatch(answer), _CHOICE.fullmatch(gold)
-    if picked and choice and picked[1] == choice[1] and not choice[2]:  # (C) 12 picks C
+    if picked and choice and picked[1] == choice[1] and not choice[2]:
         return True
-    if len({match[1].lower() for match in map(_HALF_DAY.search, (answer, gold)) if match}) == 2:
-        return False
-    answer, gold = _normalise(answer), _normalise(gold)
+    answer, gold = (spell(match[2] if match and match[2] else text) for match, text in ((picked, answer), (choice, gold)))
     if not answer or not gold:
         return False
-    if _SPACE.sub("", answer) == _SPACE.sub("", gold):
+    a, g = (_SPACE.sub("", " ".join(re.sub('^"([^"]*)"$', r"\1", text).split())) for text in (answer, gold))
+    if a == g:
         return True
-    if _WORDS.fullmatch(answer) and _WORDS.fullmatch(gold):  # as products of letters, east would be seat
-        return re.sub(r"\W", "", answer).lower() == re.sub(r"\W", "", gold).lower()
-    gold = gold if "_" in answer else re.sub(r"^(-?\d[\dA-F.]*)_\d+$", r"\1", gold)
+    deciding, opposed = ([[x.lower() for x in words.findall(y)] for y in (answer, gold)] for words in (_DECIDING, _OPPOSED))
+    if deciding[0] != deciding[1] or all(opposed) and opposed[0] != opposed[1]:
+        return False
+    if _WORDS.fullmatch(a) and _WORDS.fullmatch(g):  # as products of letters, abc would be bca
+        return re.sub(r"\W", "", a).lower() == re.sub(r"\W", "", g).lower()
+    times = _TIME.fullmatch(answer), _TIME.fullmatch(gold)
+    if all(times):
+        same = {(int(t[1] or t[5]), int(t[2] or 0), int(t[3] or 0)) for t in times}
+        return len(same) == 1 and len({t[4] or t[6] for t in times} - {None}) < 2
+    if times[1] and re.search(':0|:.*"', gold):
+        return False
+    gold = gold if "_" in answer else re.sub(r"^(-?\d[\dA-F.]*)_\{?\d+\}?$", r"\1", gold)
     return any(_same(a, g) or _rounds(answer, g) or _rounds(gold, a)
-               for g in _readings(gold) for a in _readings(answer))
-
-
-# ---- text ------------------------------------------------------------------------------------------------------------
-
-_CHOICE = re.compile(r"\s*(?:\\[a-z]+\s*\{)?\s*\(?([A-Z])(?:[.:)]?\s*\}?|[.:)]\s*\}?(\s.*))\s*", re.DOTALL)
-_HALF_DAY = re.compile(r"([ap])\.?\s?m\b", re.IGNORECASE)
-_WORDS = re.compile(r"(?=(?:[^A-Za-z]*[A-Za-z]){3})[A-Za-z][A-Za-z\s.'-]*")
-_SPACE = re.compile(r"\s+(?!\d)|(?<!\d)\s+")  # all but that between digits
-_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
-_TEXT = re.compile(r"\\(?:text[a-z]*|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}(?:\s*\^\s*\{?\d\}?)?")
-_UNITS = re.compile(r"(?:(?<=[\d})%°])|(?<=\\pi))"  # at the end, behind a number:
-                    r"(?:\s*(?:[cmk]m|[mk]g|gm|ml|lb|oz|ft|in|mi|sq|[ap]\.?m)(?![a-z])[\sa-z/.-]*|"  # 5cm, 5 sq. feet
-                    r"\s+[a-z]{3,}[\sa-z/.-]*|"  # 5 dollars per day
-                    r"\s\s+[msghL])"  # 5\,m
-                    r"(?:\s*\^\s*\{?[23]\}?)?\W*$", re.IGNORECASE)
-_UPPER_SIGNS, _LOWER_SIGNS = str.maketrans("±∓", "+-"), str.maketrans("±∓", "-+")
-_SYMBOLS = str.maketrans({
-    "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ", "≤": "<=", "≥": ">=",
-    "≠": "!=", "∪": r"\cup ", "∈": r"\in ", "√": r"\sqrt ", "²": "^2", "³": "^3", "º": "°", "∅": r"\emptyset ",
-    "，": ",", "（": "(", "）": ")", "£": " ", "€": " ", "¥": " ", "~": "  "})
-_REWRITES = [(re.compile(pattern), new) for pattern, new in [
-    (r"\\\\", r"\\newrow "),
-    (r"\\left\s*\|", r"\\lvert "), (r"\\right\s*\|", r"\\rvert "),
-    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle)(?![A-Za-z])\.?|\\[()]|\\\[|\\\]|\\?\$", " "),
-    (r"(?<=\d)\s*(?:\{,\}|,\s*\\!|\\[,;: ])\s*(?=\d{3}(?!\d))", ""),  # thousands: 1{,}000  1,\!000  1\,000
-    (r"\\!", ""),
-    (r"\\[,;:> ]|\\q?quad(?![A-Za-z])|\\phantom\s*\{[^{}]*\}", "  "),
-    (r"\\[dtc](frac|binom)", r"\\\1"),
-    (r"\\pm(?![A-Za-z])", "±"), (r"\\mp(?![A-Za-z])", "∓"),
-    (r"\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degrees?(?![A-Za-z])", "°"),
-    (r"\\%|(?<=\d)\s*(?:percent\b|\\text\s*\{\s*percent\s*\})", "%"),
-    (r"\\(?:text|mbox|mathrm)\s*\{[\s,]*(?:and|or)\s*\}|\b(?:and|or)\b", " , "), (r",(?:\s*,)+", ","),
-    (r"\\(?:mathbf|boldsymbol|mathrm|mathit)\s*\{([A-Za-z])\}|\\text\s*\{(\w+)\}(?=_)", r"\1\2"),
-    (r"\\(?:overline|overrightarrow|vec|hat|bar|mathbf|boldsymbol)(?![A-Za-z])", " "),
-    (r"\\mathbb\s*\{?R\}?", r"(-\\infty,\\infty)"),
-    (r"\\begin\s*\{(?:[pbB]|small)?matrix\}|\\begin\s*\{array\}\s*\{[lcr|]*\}", r"\\matrix "),
-    (r"(?:\\newrow\s*)?\\end\s*\{(?:[pbB]|small)?(?:matrix|array)\}", r"\\endmatrix "),
-    (r"(?<![\w./^}])(\d+)\s*\\frac\s*(\d|\{\d+\})\s*(\d|\{\d+\})", r"(\1+\\frac\2\3)"),  # 1\frac45
-    (r"(?<![\d./^_])(\d+)\s+(\d+/\d+)", r"(\1+\2)"),  # 1 4/5
-    (r"\\(frac|binom)\s*(\d)", r"\\\1{\2}"),  # \frac12
-    (r"_\s*\{(\d+)\}", r"_\1"),
-    (r"(\\(?:sin|cos|tan))\s*\^\s*\{\s*-1\s*\}", lambda match: r"\arc" + match[1][1:]),
-    (r"\\\{\s*\\\}", r"\\emptyset "),
-    (r"\\\{\s*[A-Za-z](?:\s*\\in[^|:]*)?\s*(?:\\mid|\\vert|[|:])", r"\\{"),  # {x | x > 3} is x > 3
-    (r"\|([^|]*)\|", r"\\lvert \1\\rvert "),
-]]
-
-
-def _normalise(text: str) -> str:
-    """One spelling for what LaTeX spells in many ways; currency, units and spacing commands dropped."""
-    text = text.translate(_SYMBOLS)
-    for pattern, new in _REWRITES:
-        text = pattern.sub(new, text)
-    bare = _TEXT.sub("  ", text)  # text beside mathematics is a unit or a remark; text alone is the answer
-    text = bare if re.search(r"[A-Za-z\d]", bare) else re.sub(r"\b(?:and|or)\b", ",", _TEXT.sub(r" \1 ", text))
-    text = re.sub(r"^\s*(?:=|\\approx)|[\s.,;:]+$", "", text)
-    return _UNITS.sub("", text).strip()
+               for g in _readings(gold, True) for a in _readings(answer, False))
 
 
 @lru_cache(maxsize=1 << 14)
-def _readings(text: str) -> tuple[Number | Group, ...]:
-    """What a normalised text can mean; nothing if it is unreadable."""
+def _readings(text: str, gold: bool) -> tuple[Number | Group, ...]:
+    """What a spelled text can mean, an answer one thing only; nothing if it is unreadable."""
     texts = [text]
     if _THOUSANDS.search(text) and not re.search(r"[(\[]|\\\{", text):
         number = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
-        texts = [number] if re.search(r",0\d", text) else [number, text]
-    if re.search(r"[%°]", text) and not re.search(r"\\?(?:sin|cos|tan|csc|sec|cot)(?![a-z])", text):
-        texts += [re.sub("[%°]", "", reading) for reading in texts]
+        texts = [number, text] if gold and not re.search(r",0\d", text) else [number]
     readings = []
     for reading in texts:
         try:
-            value = read(reading.translate(_UPPER_SIGNS))
-            if re.search("[±∓]", text):
-                upper, lower = (x.items if x.kind in ("list", "set") else (x,)
-                                for x in (value, read(reading.translate(_LOWER_SIGNS))))
-                value = Group("list", upper + tuple(x for x in lower if x not in upper))
-            readings.append(value)
+            if "±" not in reading and "∓" not in reading:
+                readings.append(read(reading))
+            elif not re.search("±[^,]*±", reading):  # do the signs of ±1±2 belong together? each reader has an answer
+                upper, lower = (read(reading.translate(table)) for table in _SIGNS)
+                upper, lower = (x.items if x.kind in ("list", "set") else (x,) for x in (upper, lower))
+                readings.append(Group("list", upper + tuple(x for x in lower if x not in upper)))
         except Unreadable:
-            continue
+            if last := re.fullmatch(r"(?!.*(?:\\ne|!))[^,;<>]*=([^=]*)", reading):  # what is right of "=" is enough: gcd(12,18) = 6
+                readings += _readings(last[1], gold)
     return tuple(readings)
 
 
-# ---- comparison ------------------------------------------------------------------------------------------------------
-
-
-def _same(a: Number | Group, b: Number | Group) -> bool:
-    """Whether values a and b are equal."""
-    kinds = {a.kind, b.kind}
-    if "=" in kinds and len(kinds) == 2:  # x = 5 is 5
-        a, b = (x.items[1] if x.kind == "=" and is_name(x.items[0]) else x for x in (a, b))
-        kinds = {a.kind, b.kind}
+def _same(a: Number | Group, g: Number | Group) -> bool:
+    """Whether an answer's value is gold's."""
+    if (a.kind == "=") != (g.kind == "="):  # x = 5 is 5
+        a, g = (x.items[1] if x.kind == "=" and is_name(x.items[0]) else x for x in (a, g))
+        return "=" not in (a.kind, g.kind) and _same(a, g)
+    kinds = {a.kind, g.kind}
+    if "list" not in kinds:  # 0 < x < 1 is (0,1), but the list 0, 1 is not
+        kinds = {kind.replace("~", "") for kind in kinds}
     if kinds == {"number"}:
-        return all(_close(x, y) for x, y in _points(a, b))
-    if "number" in kinds or len(a.items) != len(b.items):
+        return any(all(close(x, y) for x, y in pairs) and pairs for pairs in starmap(_points, _as_gold_has_it(a, g)))
+    if "number" in kinds or len(a.items) != len(g.items):
         return False
     if kinds <= {"list", "set"}:
-        rest = list(b.items)
+        rest = list(g.items)
         for x in a.items:
-            match = next((k for k, y in enumerate(rest) if _same(x, y)), None)
-            if match is None:
+            if (found := next((y for y in rest if _same(x, y)), None)) is None:
                 return False
-            del rest[match]
+            rest.remove(found)
         return True
-    return (len(kinds) == 1 or kinds == {"list", "()"}) and (all(map(_same, a.items, b.items)) or _proportional(a, b))
+    if kinds == {"="} and all(is_name(x.items[0]) and x.items[0].kind == "number" for x in (a, g)):
+        if any(x.items[0].name.endswith(")") for x in (a, g)):  # f(x) = 2x is y = 2x
+            return _same(a.items[1], g.items[1])
+    return (len(kinds) == 1 or kinds == {"list", "()"}) and (all(map(_same, a.items, g.items)) or _proportional(a, g))
 
 
-def _close(x, y) -> bool:
-    if isinstance(x, Fraction) and isinstance(y, Fraction):
-        return x == y
-    x, y = map(MP.convert, (x, y))
-    return x == y or MP.isfinite(x) and MP.isfinite(y) and bool(abs(x - y) <= TOLERANCE * max(1, abs(x), abs(y)))
+def _as_gold_has_it(a: Number, g: Number) -> list[tuple[Number, Number]]:
+    """The pairs to compare when one of two numbers has a percent or degree sign and the other has not."""
+    if bool(a.sign) == bool(g.sign):
+        return [(a, g)]
+    drop = {"%": lambda x: x * 100, "°": lambda x: x * 180 / MP.pi}[a.sign or g.sign]
+    if g.sign:
+        return [(a, g), (a, apply(drop, g))]
+    x = g.values[0]
+    kept = is_constant(g) and (0 < abs(x) <= 1 if a.sign == "%" else not isinstance(x, Fraction))
+    return [(a if kept else apply(drop, a), g)]
 
 
 def _points(a: Number, b: Number) -> list[tuple]:
     """Pairs of values: where both are real, if that is at enough points, as variables mostly mean real numbers."""
-    pairs = columns(a, b)
+    pairs = [pair for pair in columns(a, b) if all(x == x for x in pair)]
     real = [pair for pair in pairs if not any(x.imag for x in pair)]
-    return real if len(real) >= 3 else pairs
+    if len(real) < 3 or (a.strict or b.strict) and any(bool(x.imag) != bool(y.imag) for x, y in pairs):
+        return pairs
+    return real
 
 
 def _proportional(a: Group, b: Group) -> bool:
     """Whether left - right of the one is a constant times that of the other: y = 2x is 2x - y = 0."""
     if a.kind not in ("=", "!=", "<", "<=") or {x.kind for x in (*a.items, *b.items)} != {"number"}:
         return False
-    pairs = _points(apply(sub, *a.items), apply(sub, *b.items))
-    if len(pairs) == 1 or not all(x and y for x, y in pairs):
+    differences = [apply(sub, *x.items) for x in (a, b)]
+    if any(all(close(x, difference.values[0]) for x in difference.values) for difference in differences):
+        return False  # 3 = 4 and x = x hold nowhere or everywhere
+    pairs = [tuple(map(MP.convert, pair)) for pair in _points(*differences)]
+    if not all(x and y for x, y in pairs):
         return False
     ratios = [x / y for x, y in pairs]
-    positive = not ratios[0].imag and ratios[0] > 0
-    return (positive or "<" not in a.kind) and all(_close(ratio, ratios[0]) for ratio in ratios)
+    positive = not ratios[0].imag and ratios[0].real > 0
+    return (positive or "<" not in a.kind) and all(close(ratio, ratios[0]) for ratio in ratios)
 
 
 def _rounds(text: str, value: Number | Group) -> bool:
     """Whether the text is a long enough decimal, and the value, which no decimal can write, rounds to it."""
-    decimal = re.fullmatch(r"-?\d*\.(\d+)", text, re.ASCII)
-    if not decimal or len(text.lstrip("-0.").replace(".", "")) < DECIMAL_DIGITS or not is_constant(value):
+    decimal = re.fullmatch(r"(-?\d*\.(\d+))(?:\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*\{?(-?\d{1,3})\}?)?", text, re.ASCII)
+    digits = len(decimal[1].lstrip("-0.").replace(".", "")) if decimal else 0
+    if digits < DECIMAL_DIGITS or not is_constant(value):
         return False
     x = value.values[0]
     if x.imag or isinstance(x, Fraction) and pow(10, 1_000, x.denominator) == 0:  # a text has fewer decimals
         return False
-    return abs(MP.convert(x) - MP.mpf(text)) <= MP.mpf(10) ** -len(decimal[1]) / 2
+    scale = MP.mpf(10) ** int(decimal[3] or 0)
+    units = abs(MP.convert(x) / scale - MP.mpf(decimal[1])) * 10 ** len(decimal[2])  # of the last place
+    return units <= (0.5 if digits < 15 else 1)  # the shortest text of a float may be one off
