@@ -363,7 +363,7 @@ A. 1B                   ✗  A  B
 A. BC                   ✗  A  BC  B
 \textbf{(C)}\ 5         ✓  C  5  ✗  B
 Option C                ✓  C  ✗  O
-(x,y)=(1,2)             ✓  (x,y)=(\frac22,2)  x=1,y=2  ✗  (x,y)=(1,3)  x+y=3
+(x,y)=(1,2)             ✓  (x,y)=(\frac22,2)  ✗  (x,y)=(1,3)  x+y=3
 \binom{5}{2.5}          ✗  0  10
 3 dozen                 ✓  36  ✗  3
 3\text{ million dollars}  ✓  3000000  ✗  3
