@@ -38,10 +38,13 @@ def extract_answer(text: str) -> str | None:
     boxes = list(re.finditer(r"\\(?:boxed|fbox)(?![A-Za-z])\s*", text))
     if not boxes:
         return None
-    rest = text[boxes[-1].end():]
+    rest, depth = text[boxes[-1].end():], 0
     if rest.startswith("{"):
-        end = _closing_brace(rest)
-        return rest[1:end].strip() or None if end else None
+        for brace in re.finditer(r"\\.|[{}]", rest, re.DOTALL):  # \{ and \} do not count
+            depth += {"{": 1, "}": -1}.get(brace[0], 0)
+            if not depth:
+                return rest[1 : brace.start()].strip() or None
+        return None
     token = re.match(r"-?[\d.,]*\d|\\[A-Za-z]+(?:\{[^{}]*\})*|[A-Za-z]", rest)
     return token.group() if token else None
 
@@ -60,19 +63,9 @@ def equivalent(answer: str | None, gold: str) -> bool:
 
 def parsable(gold: str) -> bool:
     """Whether `gold` can be a gold answer: not blank, at most MAX_CHARS long, braces balanced."""
-    if not isinstance(gold, str) or len(gold) > MAX_CHARS or _closing_brace("{" + gold + "}") != len(gold) + 1:
+    if not isinstance(gold, str) or len(gold) > MAX_CHARS or extract_answer(rf"\boxed{{{gold}}}") != gold.strip():
         return False
     return re.search(r"\w|\\[a-z{]", spell(gold)) is not None
-
-
-def _closing_brace(text: str) -> int | None:
-    r"""Index of the brace that closes the one at text[0]; \{ and \} do not count."""
-    depth = 0
-    for brace in re.finditer(r"\\.|[{}]", text, re.DOTALL):
-        depth += {"{": 1, "}": -1}.get(brace.group(), 0)
-        if depth == 0 and brace.group() == "}":
-            return brace.start()
-    return None
 
 
 _CHOICE = re.compile(  # (C), with or without the option's text, in which no capital letter stands alone
