@@ -721,14 +721,3 @@ def test_agreement_with_math_verify():
         print(f"{name}: agreement with math-verify on {same} of {len(pairs)} pairs")
         agreed, total = agreed + same, total + len(pairs)
     assert agreed >= 0.95 * total
-
-
-def test_speed():
-    golds = [row["answer"] for row in rows("math500.jsonl") + rows("gsm8k_test.jsonl")]
-    answers = golds[1:] + golds[:1]
-    start = time.perf_counter()
-    for answer, gold in zip(answers + golds, golds + golds):
-        equivalent(answer, gold)
-    micros = (time.perf_counter() - start) / (2 * len(golds)) * 1e6
-    print(f"{micros:.1f} µs per grading")
-    assert micros < 2_000
