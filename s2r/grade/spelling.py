@@ -60,7 +60,7 @@ _REWRITES = [(re.compile(pattern), new) for pattern, new in [
      lambda match: f' "{(match[1] or match[2]).lower()}m"'),
     (rf"\\(?:operatorname|mathrm|text)\s*\{{\s*({'|'.join(FUNCTIONS)})\s*\}}", r"\\\1 "),
     (r"\\(?:text[a-z]*|mbox|mathrm)\s*\{([^{}]*)\}", _text), (r"(?<=[\d}])\s+m/s\b", ' "m/s"'),
-    (_JOINTS.pattern, r" \\\1 "), (r",\s*(?=\\(?:and|or)\b)", " "), (r"(?<![A-Za-z])([xyz])\1(?![A-Za-z])", r"\1 \1"),
+    (_JOINTS.pattern, r" \\\1 "), (r",\s*(?=\\(?:and|or)\b)", " "),
     (r"(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s*\{?\s*|\((?=\d+\)))(\d+)\s*[})]?(?!\s*\d)",  # 0.1\overline{6} is (16 - 1)/90
      lambda match: rf"\frac{{{int(''.join(match.groups())) - int('0' + match[1] + match[2])}}}"
                    rf"{{{'9' * len(match[3])}{'0' * len(match[2])}}}"),
@@ -77,15 +77,18 @@ _REWRITES = [(re.compile(pattern), new) for pattern, new in [
     (r"(?<=\^\d)\s+(?=\d)", r"\\cdot "), (r"\\log_(\d)(\d+)(?=\s*[=,]|$)", r"\\log_\1 \2"),
     (r"(\^\s*(?:\{[^{}]*\}|\w))\s*(_\s*(?:\{[^{}]*\}|\w))", r"\2\1"),  # x^2_1
     (r"(\\(?:sin|cos|tan))\s*\^\s*\{\s*-1\s*\}", lambda match: r"\arc" + match[1][1:]),
-    (r"(?<![A-Za-z\\])([fgh])\s*\^\s*\{\s*-1\s*\}\s*\(", r"\1_{-1}("), (r"(?<=[A-Za-z])('+)", lambda match: "_{" + "prime" * len(match[1]) + "}"),
+    (r"(?<![A-Za-z\\])([fgh])\s*\^\s*\{\s*-1\s*\}\s*\(", r"\1_{-1}("),
+    (r"(?<=[A-Za-z])'+", lambda match: "_{" + "prime" * len(match[0]) + "}"),
     (r"\\\{\s*\\\}", r"\\emptyset "),
     (r"\\\{\s*[A-Za-z](?:\s*\\in[^|:]*)?\s*(?:\\mid|\\vert|[|:])", r"\\{"),  # {x | x > 3} is x > 3
     (r"\|([^|]*)\|", r"\\lvert \1\\rvert "),
     (r'"[^"]*"|\\[A-Za-z]+|(?<![A-Za-z\\_{])(?:[aA]\s+)?([A-Za-z]{2,})(?:\.?\s+(?:[A-Za-z]{2,}|[aAI]\b)|\s*/\s*[A-Za-z]+|[.-][A-Za-z]+)*',
      _bare),
-    (r'("[^"]*")\s*\^\s*\{?-?\d\}?', r"\1"), (r'/\s*(?=")', " "), (r'(?<=\S)\s*\(\s*("[^"]*")\s*\)', r" \1"),  # 18/hour, 9 (apples)
+    (r'("[^"]*")\s*\^\s*\{?-?\d\}?', r"\1"), (r'/\s*(?=")', " "),  # cm^2, 18/hour
+    (r'(?<=\S)\s*\(\s*("[^"]*")\s*\)', r" \1"),  # 9 (apples)
     (r'(?i)"(dozen|hundred|thousand|million|billion|trillion)s?\b\s*', lambda match: rf'\cdot {_SCALES[match[1].lower()]} "'),
-    ('""', ""), (r'^((?:\\[a-z]+|[^A-Za-z\\"])*(?:\d\s\s+[msghL]|[\d}i]\s\s+m(?=\^)))(?:\^\{?[23]\}?)?\s*$', lambda match: match[1][:-1]),  # 5\,m
+    ('""', ""),
+    (r'^((?:\\[a-z]+|[^A-Za-z\\"])*(?:\d(?=\s\s+[msghL])|(?:[\d}]|\\pi)(?=\s\s+m\^)))\s+[A-Za-z](?:\^\{?[23]\}?)?\s*$', r"\1"),  # 5\,m
     (r"^\s*(?:=|\\approx)|[\s.,;:]+$", ""),
 ]]
 
