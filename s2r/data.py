@@ -1,6 +1,7 @@
 """Files in and out: problems, SFT trajectories, JSONL rows of any kind; and the order in which they are used.
 
-    problem file, one JSON object a line     {"problem", "answer", "solution"?, "formula"?, "level"?, "subject"?, "unique_id"?}
+    problem file, one JSON object a line     {"problem", "answer",
+                                              "solution"?, "formula"?, "level"?, "subject"?, "unique_id"?}
     or a published set as it comes           GSM8K, MATH, ASDiv, MMLU and more: `s2r/sets.py`
 
     trajectory file   {"unique_id", "problem", "answer", "trajectory": [solve, verify, solve, verify, …]}

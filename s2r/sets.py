@@ -18,7 +18,7 @@ import re
 
 from s2r.grade import extract_answer
 
-# A row is refused if it holds one of these and its set does not use it: without them the problem may say something else.
+# Without these a problem may say something else: a row is refused if it holds one that its set does not use.
 MEANING = {"body", "Body", "context", "choices", "options", "unit", "error", "premises", "code", "passage", "image"}
 
 
@@ -34,6 +34,9 @@ def plain(row: dict) -> dict:
     if unread:
         there = ", ".join(sorted(row.keys() - set(unread)))
         raise ValueError(f"{unread[0]!r} beside {there} belongs to no known set; convert the row, or drop it")
+    for key in keys:
+        if key in ("question", "body", "Body", "Question", "conclusion", "code") and not isinstance(row[key], str):
+            raise ValueError(f"{key!r} is {row[key]!r}; write a text, or drop the row")
     row = row | read(row)
     solution, answer, level = row.get("solution"), row.get("answer"), row.get("level")
     if isinstance(solution, list):
@@ -101,7 +104,7 @@ def _choice(row: dict) -> dict:
 
 
 def _folio(row: dict) -> dict:
-    premises = "\n".join(row["premises"]) if isinstance(row["premises"], list) else row["premises"]
+    premises = "\n".join(map(str, row["premises"])) if isinstance(row["premises"], list) else row["premises"]
     question = f"Conclusion: {row['conclusion']}\nIs the conclusion True, False or Uncertain?"
     return {"problem": f"{premises}\n{question}", "answer": "Uncertain" if row["label"] == "Unknown" else row["label"]}
 

@@ -159,6 +159,9 @@ def test_load_problems_reads_sets_as_published(tmp_path, row, problem, answer, f
     ({"question": "q", "options": "A) 1, B) 2", "answer": "A"}, "not a list of 2 to 26 options"),
     ({"body": "b", "question": "q", "answer": None}, '"answer" is empty'),
     ({"input": 3, "target": "2"}, 'no "problem"'),
+    ({"question": None, "choices": ["1", "2"], "answer": "A"}, "'question' is None; write a text"),
+    ({"body": None, "question": "q", "answer": "2"}, "'body' is None; write a text"),
+    ({"premises": [1], "conclusion": 2, "label": "True"}, "'conclusion' is 2; write a text"),
 ])
 def test_load_problems_refuses_what_it_would_read_in_part(tmp_path, row, words):
     with pytest.raises(ValueError, match=f"file.jsonl: row 1: .*{words}"):

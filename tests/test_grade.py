@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -477,6 +478,15 @@ def test_equivalent_table(answer, gold, verdict):
 def test_table_size():
     assert len(set(ROWS)) == len(ROWS) >= 200
     assert 0.4 < sum(verdict for *_, verdict in ROWS) / len(ROWS) < 0.6
+
+
+def test_formulas_without_common_points_are_not_equal():
+    """Also as equations, whose ratio then has no value."""
+    nan, one = latex.MP.nan, Fraction(1)
+    a, b = (latex.Number(tuple(one if k % 2 == half else nan for k in range(latex.POINTS))) for half in (0, 1))
+    zero = latex.Number((Fraction(0),))
+    assert not grade._same(a, b)
+    assert not grade._same(latex.Group("=", (a, zero)), latex.Group("=", (b, zero)))
 
 
 @pytest.mark.parametrize("gold", ["5", "", "x", r"\text{A}"])

@@ -3,15 +3,15 @@ r"""V_golden, the judge of every solve: is the boxed answer the gold answer?
     "… so \boxed{\frac{2}{4}}."  --extract_answer-->  r"\frac{2}{4}"  --equivalent(·, "0.5")-->  True
 
 `equivalent` tries, cheapest first: equal text, choice letter, word, time of day, mathematics as `latex.py` reads it. Its
-time is bounded: a text has at most MAX_CHARS characters and 16 readings. What cannot be read is wrong, never an error.
+time is bounded: a text has at most MAX_CHARS characters and four readings. What cannot be read is wrong, never an error.
 
 An answer has one meaning; what it leaves open, gold decides, never the other way round. Where graders differ:
 - 10% is 0.1 for a gold in (0, 1], else 10; 90° is 90 for a rational gold, else π/2; and 0.1 and 10 are a gold of 10%.
-- Decimals are exact: 0.5 is 1/2, 0.33 is not 1/3. Only for a value that no decimal can write (1/3, √2, π) is a decimal
-  right that has DECIMAL_DIGITS significant digits and is that value rounded to its last place: 0.333333 is 1/3.
+- Decimals are exact: 0.5 is 1/2, 0.33 is not 1/3. A value that no decimal can write (1/3, √2, π) equals a decimal
+  of DECIMAL_DIGITS significant digits or more if that is the value, rounded to its last place: 0.333333 is 1/3.
 - Words behind a number are dropped (5 cm is 5), save those of _DECIDING; a letter is a variable: 3s is not 3.
 - An answer may omit the base that gold has: 204 is 204_5, but 54 is not. 9:24 is a time if gold is one, else a ratio.
-- (C) 12 is C, and 12; it is neither if one more capital letter follows.
+- (C) 12 is C, and also 12. If another capital letter follows, it is neither.
 - (1,2) is ordered, {1,2} is not; a bare list 1,2 equals (1,2) in that order and {1,2} in any. [0,1) is not (0,1).
 - 1,000 is a thousand, or what gold's comma means; with a space, 1, 000 is a list.
 - x = 5 and f(2) = 5 are 5; y = 2x is 2x - y = 0; x = 1, y = 2 is (1,2); x > 3 and x \in (3,\infty) are (3,\infty).
@@ -131,7 +131,8 @@ def _readings(text: str, gold: bool) -> tuple[Number | Group, ...]:
                 upper, lower = (x.items if x.kind in ("list", "set") else (x,) for x in (upper, lower))
                 readings.append(Group("list", upper + tuple(x for x in lower if x not in upper)))
         except Unreadable:
-            if last := re.fullmatch(r"(?!.*(?:\\ne|!))[^,;<>]*=([^=]*)", reading):  # what is right of "=" is enough: gcd(12,18) = 6
+            # What stands right of "=" is enough, as in gcd(12,18) = 6.
+            if last := re.fullmatch(r"(?!.*(?:\\ne|!))[^,;<>]*=([^=]*)", reading):
                 readings += _readings(last[1], gold)
     return tuple(readings)
 
@@ -174,8 +175,14 @@ def _as_gold_has_it(a: Number, g: Number) -> list[tuple[Number, Number]]:
 
 
 def _points(a: Number, b: Number) -> list[tuple]:
-    """Pairs of values: where both are real, if that is at enough points, as variables mostly mean real numbers."""
-    pairs = [pair for pair in columns(a, b) if all(x == x for x in pair)]
+    """Pairs of values: where both are real, if that is at enough points, as variables mostly mean real numbers.
+
+    Empty if two formulas have fewer than 3 points at which both are defined.
+    """
+    every = columns(a, b)
+    pairs = [pair for pair in every if all(x == x for x in pair)]
+    if len(pairs) < min(3, len(every)):
+        return []
     real = [pair for pair in pairs if not any(x.imag for x in pair)]
     if len(real) < 3 or (a.strict or b.strict) and any(bool(x.imag) != bool(y.imag) for x, y in pairs):
         return pairs
@@ -190,7 +197,7 @@ def _proportional(a: Group, b: Group) -> bool:
     if any(all(close(x, difference.values[0]) for x in difference.values) for difference in differences):
         return False  # 3 = 4 and x = x hold nowhere or everywhere
     pairs = [tuple(map(MP.convert, pair)) for pair in _points(*differences)]
-    if not all(x and y for x, y in pairs):
+    if not pairs or not all(x and y for x, y in pairs):
         return False
     ratios = [x / y for x, y in pairs]
     positive = not ratios[0].imag and ratios[0].real > 0

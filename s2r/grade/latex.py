@@ -34,8 +34,10 @@ class Unreadable(ValueError):
 
 @dataclass(frozen=True)
 class Number:
-    """A formula: its value if constant, else its values at POINTS points. A value is a Fraction, an mpf or an mpc, and nan
-    where the formula is undefined or too large."""
+    """A formula: its value if constant, else its values at POINTS points.
+
+    A value is a Fraction, an mpf or an mpc, and nan where the formula is undefined or too large.
+    """
 
     values: tuple
     name: str = ""  # of x, AB or f(x): what may stand left of "=" in an answer
@@ -195,7 +197,7 @@ class _Parser:
             items.append(self.group(level + 1))
         if not signs:
             return items[0]
-        if kind == "ratio" and len(items) == 2 and items[1] != Number((Fraction(0),)):
+        if kind == "ratio" and len(items) == 2:
             return apply(truediv, *items)
         if kind == "relation":
             return _relate(items, signs)
@@ -231,7 +233,7 @@ class _Parser:
             elif self.peek()[0] == '"':  # a unit or a remark
                 self.position += 1
                 if value.kind == "number" and not is_constant(value):
-                    raise Unreadable("x is odd")
+                    raise Unreadable("a word behind a variable, as in x is odd")
             elif _ATOM.match(self.peek()):
                 value = self.juxtaposed(value)
             else:

@@ -31,7 +31,7 @@ def _text(match: re.Match) -> str:
 
 
 def _bare(match: re.Match) -> str:
-    """A run of words in quotes if its first word is one."""
+    """A run of bare words: put in quotes if the first is a unit or looks like English, else left as it is."""
     if match[0][0] in '"\\':
         return match[0]
     word, before = match[1].lower(), match.string[: match.start()]
