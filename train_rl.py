@@ -206,6 +206,7 @@ def score(
         advantage = rl.advantages(reward, baseline, logp_old, logp_ref, span, beta=cfg.beta)
         sampled = torch.tensor([x for row in p.rows for x in part[row][0].logp], device=device)
         out.append(Scored(p, span, advantage, weight, logp_old, logp_ref, sampled, entropy))
+    ranks.release(reference)
     return out
 
 

@@ -64,7 +64,7 @@ RUNS = {"sft": ("sft", SFT), "sft-recompute": ("sft", SFT | {"checkpointing": Tr
 @pytest.mark.parametrize("run", RUNS)
 def test_estimate_agrees_with_peak(run, world, tmp_path):
     script, settings = RUNS[run]
-    folders = {"model": str(world / "model"), "data": str(world / settings["data"]), "out": str(tmp_path / "out")}
+    folders = {"model": str(world / "model"), "data": str(world / settings["data"]), "out": str(tmp_path / "out"), "device": "cpu"}
     command = [sys.executable, str(Path(__file__).with_name("peak.py")), script, json.dumps(settings | folders)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -127,7 +127,7 @@ def test_report_takes_settings_and_lengths_from_the_script(monkeypatch):
     rl = SimpleNamespace(problems=4, rollouts=4, updates=2, beta=0.0, offline="", slots=6, max_new_tokens=40, **common)
 
     def parts(cfg, ranks: int = 1, **data):
-        return memory.report(cfg, model, SimpleNamespace(size=ranks, device=torch.device("cpu")), **data)
+        return memory.report(cfg, model, SimpleNamespace(size=ranks, spread=ranks, device=torch.device("cpu")), **data)
 
     def wanted(ranks: int = 1, **settings):
         return estimate(ranks=ranks, itemsize=4, gpu=False, **settings)

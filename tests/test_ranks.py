@@ -1,5 +1,6 @@
 """Several processes: the same rollouts, the same steps and the same weights as one, whatever their number."""
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,43 @@ def test_ranks_take_the_steps_of_one_process(name, ranks, world, tmp_path):
     assert found.keys() == exact.keys()
     for key in exact:  # by norm: where a gradient is nearly zero, Adam makes a visible step of its rounding error
         assert (found[key] - exact[key]).norm() <= 1e-5 * exact[key].norm(), key
+
+
+def compare(found: Path, wanted: Path, tolerance: float) -> None:
+    """The same steps of the same rollouts, and weights equal up to a relative tolerance, by norm."""
+    rows, one = log(found), log(wanted)
+    assert [row["tokens"] for row in rows] == [row["tokens"] for row in one]
+    for row, other in zip(rows, one):
+        assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=tolerance)
+    found, exact = (load_file(path / "model.safetensors") for path in (found, wanted))
+    for key in exact:
+        assert (found[key].double() - exact[key].double()).norm() <= tolerance * exact[key].double().norm(), key
+
+
+def test_two_machines_of_two_processes_take_the_steps_of_one_process(world, tmp_path):
+    """Parameters are spread over the two of a machine, and each machine has all of them."""
+    folder, settings = world
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings("process", tmp_path / "out").items()]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2",
+              "--master-addr=127.0.0.1", f"--master-port={port}"]
+    machines = [subprocess.Popen([*launch, f"--node-rank={i}", str(ROOT / "train_rl.py"), *flags], cwd=ROOT,
+                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for i in range(2)]
+    said = [machine.communicate(timeout=300)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], "\n".join(said)[-6000:]
+    compare(tmp_path / "out", folder / "process", 1e-5)
+
+
+def test_ranks_take_the_steps_of_one_process_in_bfloat16_up_to_its_rounding(world, tmp_path):
+    """A gradient has 8 bits in a micro-batch, of which ranks have others; weights are 8 bits when they are saved."""
+    _, settings = world
+    script, names = JOBS["sft"][0], {1: tmp_path / "one", 2: tmp_path / "two"}
+    script.main(script.Config(**settings("sft", names[1]) | {"dtype": "bfloat16"}))
+    done = torchrun(2, "train_sft.py", settings("sft", names[2]) | {"dtype": "bfloat16"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    compare(names[2], names[1], 2**-8)
 
 
 def test_resume_with_another_number_of_ranks_goes_on_where_it_was(world, tmp_path):

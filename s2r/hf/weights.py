@@ -79,7 +79,7 @@ def _read(shard: Path, name: str, weight, p: torch.nn.Parameter, start: int, end
         raise ValueError(f"{shard}: {name} is {found}, config.json says {wanted}; fetch both files again")
     ours, first = p, 0
     if isinstance(p, DTensor):  # spread by FSDP, the same number of rows to every rank, to the last ones fewer
-        ours, first = p.to_local(), -(-len(p) // p.device_mesh.size()) * p.device_mesh.get_local_rank()
+        ours, first = p.to_local(), -(-len(p) // p.device_mesh.shape[-1]) * p.device_mesh.get_coordinate()[-1]
     low, high = max(start, first), min(end, first + len(ours))
     if low < high:
         ours[low - first : high - first].copy_(weight[low - start : high - start])

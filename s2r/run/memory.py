@@ -3,9 +3,10 @@
     python -m s2r.run.memory --model DIR --gpus 8 --checkpointing
 
 In bytes, with P parameters, n processes, a = 2 (computing in bf16) or 4 (fp32), T tokens of a micro-batch and
-the other letters of `s2r/__init__.py`. The peak is "always" plus the larger of "rollout" and "update".
+the other letters of `s2r/__init__.py`. With several machines n counts those of one. The peak is "always" plus the
+larger of "rollout" and "update".
 
-    always    weights        4P/n                       fp32, spread over the processes (FSDP2)
+    always    weights        4P/n                       fp32, spread over the processes of a machine (FSDP2)
               AdamW          8P/n                       two moments in fp32; 0 with --offload
               reference      aP/n                       π_ref or π_base; 0 with --beta 0 or --kl 0
               sampler        aP                         a whole copy if a = 2 or n > 1 and RL samples
@@ -88,7 +89,7 @@ def report(cfg, model, ranks, *, sequences: Sequence[list[int]] = (), prompts: S
     rows = math.ceil(batch / (cfg.updates if rl else 1) / ranks.size)  # sequences of an optimizer step, on this rank
     reference = cfg.kl > 0 if not rl else cfg.beta > 0 or bool(cfg.offline)  # offline it is π_old as well
     return text(estimate(
-        c, ranks=ranks.size, itemsize=model.dtype.itemsize, gpu=ranks.device.type == "cuda",
+        c, ranks=ranks.spread, itemsize=model.dtype.itemsize, gpu=ranks.device.type == "cuda",
         tokens=min(max(cfg.tokens_per_microbatch, longest), rows * longest), checkpointing=cfg.checkpointing,
         offload=cfg.offload, reference=reference, slots=slots, capacity=longest,
     ))  # fmt: skip

@@ -4,9 +4,10 @@
 
 Every rank knows the whole step: the batch, and once sampled all its rollouts. It samples for its part of the
 problems and learns from its part of the tokens; denominators are those of the whole step, so that the number of ranks
-changes the step no more than the size of a micro-batch does. Parameters, gradients and optimizer state are spread
-over the ranks by `fully_shard` (FSDP2): fp32 master weights, compute in the model's dtype, gradients added up in
-fp32. A rank samples from a whole copy of its own, so nothing has to be exchanged inside decoding.
+changes the step no more than the size of a micro-batch does: up to the order of sums in fp32, and in bf16 up to the rounding of
+each micro-batch's gradients, which are then added up in fp32. Parameters, gradients and optimizer state are spread over
+the ranks of a machine by `fully_shard` (FSDP2): fp32 master weights, compute in the model's dtype. A rank samples from
+a whole copy of its own, so nothing has to be exchanged inside decoding.
 """
 
 import os
@@ -17,7 +18,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from s2r.model import Transformer
 from s2r.packing import Pack, pack
@@ -28,6 +29,9 @@ class Ranks:
 
     def __init__(self, device: torch.device):
         self.rank, self.size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        # Over how many the parameters are spread: those of one machine, whose links are fast, if it has several.
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        self.spread = local if local > 1 else self.size
         self.device = device
         if self.size > 1 and not dist.is_initialized():
             # Ranks wait for the one with the longest rollouts, and for the first while it saves. That one of them is
@@ -36,14 +40,22 @@ class Ranks:
 
     def shard(self, model: Transformer) -> None:
         """Spread the model's parameters over the ranks; they are gathered block by block when it runs forward."""
-        if self.size > 1:
+        if dist.is_initialized():
             compute = None if model.embed.dtype == model.dtype else model.dtype
+            shape, names = (self.size // self.spread, self.spread), ("replicate", "shard")
+            # FSDP's own choice of device is a GPU, wherever there is one.
+            mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+            mesh = mesh if shape[0] > 1 else mesh["shard"]
             policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
-            mesh = init_device_mesh(self.device.type, (self.size,))  # FSDP's own choice is a GPU, wherever there is one
             for block in model.blocks:
                 fully_shard(block, mesh=mesh, mp_policy=policy)
             # The root keeps its parameters together after a forward: head and embedding are read outside of it.
             fully_shard(model, mesh=mesh, mp_policy=policy)
+
+    def release(self, model: Transformer) -> None:
+        """Free what the model's root keeps gathered after a forward pass; a backward pass does that by itself."""
+        if isinstance(model, FSDPModule):
+            model.reshard()
 
     def share(self, costs: Sequence[int]) -> list[int]:
         """Indices of this rank's items, rising. The most expensive is dealt first, each to the least busy rank."""
