@@ -177,7 +177,7 @@ class Run:
             if self.cfg.offload:
                 model.to(self.ranks.device)
                 for moments in optimizer.state.values():
-                    move(moments, "cpu")
+                    to_host(moments, {})
         if self.first:
             for log in filter(Path.exists, (self.folder / "log.jsonl", self.folder / "eval.jsonl")):
                 rows = [row for row in log.read_bytes().splitlines(keepends=True) if row.endswith(b"\n")]  # none torn
@@ -231,9 +231,12 @@ class Run:
         _sync(self.folder)
 
 
-def move(state: dict, device: str | torch.device) -> None:
-    """Move the tensors of one parameter's optimizer state."""
-    state.update({name: x.to(device) for name, x in state.items() if isinstance(x, torch.Tensor)})
+def to_host(state: dict, kept: dict) -> None:
+    """Copy one parameter's optimizer state into CPU memory: into the tensors of `kept`, or into new, pinned ones."""
+    for name, x in state.items():
+        if name not in kept:
+            kept[name] = torch.empty_like(x, device="cpu", pin_memory=x.is_cuda)
+        state[name] = kept[name].copy_(x)
 
 
 @contextmanager

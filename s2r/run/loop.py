@@ -18,7 +18,7 @@ from s2r.hf.tokenizer import Tokenizer
 from s2r.metrics import summarize
 from s2r.model import Transformer
 from s2r.rollouts import Trajectory, encode_prompts, roll_out
-from s2r.run.checkpoint import Run, move
+from s2r.run.checkpoint import Run, to_host
 from s2r.run.ranks import Ranks
 
 
@@ -40,6 +40,7 @@ def pick(cfg) -> tuple[Ranks, torch.dtype]:
         if int(device.removeprefix("cuda:")) >= count:
             raise ValueError(f"--device {device}: torch sees {count} GPUs here, from cuda:0 on; or use --device cpu")
         torch.cuda.set_device(device)  # streams and CUDA graphs are those of the current device
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums stay in fp32
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
         if device != "cpu" and torch.cuda.get_device_capability(device)[0] < 8:
@@ -172,7 +173,8 @@ def _step_offloaded(optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad(set_to_none=True)
     for p, gradient in pairs:  # the optimizer passes over parameters without gradient
         p.grad = gradient
-        move(optimizer.state[p], p.device)
+        kept = dict(optimizer.state[p])
+        optimizer.state[p].update({name: x.to(p.device, non_blocking=True) for name, x in kept.items()})
         optimizer.step()
-        move(optimizer.state[p], "cpu")
+        to_host(optimizer.state[p], kept)
         p.grad = None
