@@ -11,7 +11,8 @@ try:  # Triton comes with PyTorch for CUDA; without it (macOS, Windows) the kern
     import triton
     import triton.language as tl
 
-    jit = triton.jit
+    # Sizes that change from call to call: a kernel is not compiled again because one of them divides by 16, or is 1.
+    jit = triton.jit(do_not_specialize=["T", "sequences", "splits", "tiles", "first"])
 except ImportError:
     triton = tl = None
 

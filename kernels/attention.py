@@ -269,16 +269,17 @@ def _tiles(E: int, dtype: torch.dtype) -> tuple[int, dict[str, tuple[int, int, i
 
     A tile of queries stays while tiles of keys stream by (in `dk, dv` the other way round). The larger it is, the
     fewer times k and v are read; its accumulators, (BLOCK_Q, BLOCK_E) fp32, have to stay in registers. `forward` and
-    `dq` need BLOCK_Q, `dk, dv` needs BLOCK_K to be a multiple of the other.
+    `dq` need BLOCK_Q, `dk, dv` needs BLOCK_K to be a multiple of the other. E = 64 and 128 in 16 bits: the fastest of
+    six or seven choices each on an H200 (docs/gpu.md).
     """
     BLOCK_E = max(16, triton.next_power_of_2(E))
     if dtype == torch.float32:  # a dot is three TF32 dots here, and twice the bytes: for tests and debugging
         side = 32 if BLOCK_E <= 128 else 16
         return BLOCK_E, dict.fromkeys(("forward", "dq", "dk, dv"), (side, side, 8, 1))
     if BLOCK_E <= 64:
-        return BLOCK_E, {"forward": (128, 64, 8, 3), "dq": (128, 64, 8, 2), "dk, dv": (64, 128, 8, 2)}
+        return BLOCK_E, {"forward": (64, 64, 4, 3), "dq": (64, 64, 4, 2), "dk, dv": (64, 64, 4, 2)}
     if BLOCK_E == 128:
-        return BLOCK_E, {"forward": (128, 64, 8, 2), "dq": (128, 64, 8, 2), "dk, dv": (32, 128, 8, 2)}
+        return BLOCK_E, {"forward": (64, 64, 4, 3), "dq": (64, 64, 4, 2), "dk, dv": (32, 64, 4, 2)}
     return BLOCK_E, {"forward": (64, 64, 8, 2), "dq": (64, 32, 8, 2), "dk, dv": (32, 32, 8, 2)}
 
 

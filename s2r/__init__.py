@@ -11,7 +11,7 @@ Dimension letters, the same in every file:
     B  trajectories per update (rl.py)
     V  vocabulary                      C  cache capacity in tokens
 
-Importing this package before torch also settles how torch's threads wait for one another (below).
+Importing this package before torch also settles how torch's threads wait for one another, and how it allocates on a GPU.
 """
 
 import os
@@ -20,3 +20,7 @@ import os
 # torch loads it. The default, hundreds of thousands, makes two threads many times slower as soon as one core has other
 # work. No spinning at all costs a fifth of the speed on an idle machine. `tests/benchmark.py` measures it.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+# The sampler's cache and the trainer's activations take turns on the GPU and have different sizes. With segments that
+# can grow, the allocator reuses the one's memory for the other. torch reads this when it first uses a GPU.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")

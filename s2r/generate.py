@@ -14,11 +14,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from kernels.sampling import sample
 from s2r.model import Cache, Transformer
 
 PATIENCE = 5  # seconds without a progress bar
@@ -74,7 +76,7 @@ def generate(
         while True:
             jobs = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]
             generators = [np.random.default_rng((seed, step, names[i], j)) for i, j in jobs]
-            rows.start(free[: len(jobs)], jobs, generators)
+            rows.start(free[: len(jobs)], jobs, generators, waiting)
             for slot in reversed(free[len(jobs) :]):  # nothing waits: close the hole
                 rows.close(slot)
             if not rows.jobs or stop():
@@ -122,13 +124,17 @@ class _Rows:
         self.steps_per_look, ratio = pace(device)
         self.sizes = [slots // ratio**i for i in range(20) if slots // ratio**i] if ratio > 1 else []  # of a batch
         self.graphs: dict[int, torch.cuda.CUDAGraph | None] = {}  # batch size → its step; None: has run once
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None  # they run one at a time
 
-    def start(self, slots: list[int], jobs: list[tuple[int, int]], streams: list[np.random.Generator]) -> None:
-        """Put jobs, which come in the order of their prompts, into free slots."""
+    def start(
+        self, slots: list[int], jobs: list[tuple[int, int]], streams: list[np.random.Generator],
+        waiting: Iterable[tuple[int, int]] = (),
+    ) -> None:  # fmt: skip
+        """Put jobs, which come in the order of their prompts, into free slots; `waiting` jobs come next."""
         cache = self.cache
         for at, (slot, (i, j), stream) in enumerate(zip(slots, jobs, streams)):
             if i not in self.prefix:
-                self.prefix = self._prefill([following for following, _ in jobs[at:]])
+                self.prefix = self._prefill(following for following, _ in chain(jobs[at:], waiting))
             prompt, (k, v) = self.prompts[i], self.prefix[i]
             t = len(prompt) - 1  # the prompt's last token is the row's first input
             cache.k[:, slot, :t], cache.v[:, slot, :t], cache.lengths[slot] = k, v, t
@@ -137,7 +143,7 @@ class _Rows:
             self.produced[slot], self.done[slot] = 0, False
             self.jobs[slot : slot + 1] = [(i, j)]  # replaces the slot's job, or appends one
 
-    def _prefill(self, prompts: list[int]) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    def _prefill(self, prompts: Iterable[int]) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values of the first of these prompts, and of as many that follow as `prefill_tokens` allows."""
         chosen, ids, borders = [], [], [0]
         for i in dict.fromkeys(prompts):
@@ -179,7 +185,7 @@ class _Rows:
             return
         if self.graphs[S] is None:
             self.graphs[S] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[S]):
+            with torch.cuda.graph(self.graphs[S], pool=self.pool, capture_error_mode="thread_local"):
                 self._advance(S)
         self.graphs[S].replay()
 
@@ -200,22 +206,5 @@ class _Rows:
             state = (self.token, self.uniform, self.ids, self.logp, self.produced, self.done, self.cache.lengths)
             for x in (*state, self.jobs):
                 x[slot] = x[last]
-        self.done[last] = True
+        self.done[last], self.cache.lengths[last] = True, 0  # as long as it is decoded, it reads one token
         self.jobs.pop()
-
-
-def sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token per row from softmax(logits / temperature) by inverting its cumulative sum; temperature 0: the argmax.
-
-    logits (S, V); uniform (S, 1) fp32 in [0, 1). Returns token (S,) int64 and its log-probability (S,) fp32, in nats,
-    at that temperature (at 1 for the argmax).
-    """
-    z = logits.float()  # (S, V)
-    z = (z - z.amax(dim=1, keepdim=True)).div_(temperature or 1.0)
-    mass = z.exp().cumsum_(dim=1)
-    total = mass[:, -1:]
-    if temperature == 0:
-        token = z.argmax(dim=1, keepdim=True)
-    else:
-        token = torch.searchsorted(mass, uniform * total, right=True).clamp_(max=z.shape[1] - 1)
-    return token[:, 0], (z.gather(1, token) - total.log())[:, 0]

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import attention, decode_attention
+from kernels.elementwise import rotate, swiglu
 from kernels.linear import linear, prepack
 from s2r.hf import weights
 from s2r.hf.config import ModelConfig
@@ -80,16 +81,7 @@ class Block(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         out = attend(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v)  # (T, H, E)
         x = x + self.o(out.flatten(1))
-        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)  # (T, F) each
-        return x + self.down(F.silu(gate) * up)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding (arXiv 2104.09864) of x (T, heads, E) by cos, sin (T, 1, E).
-
-    Hugging Face weights pair dimension e with e + E/2, hence the roll by half a head. The first half of sin is negated.
-    """
-    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
+        return x + self.down(swiglu(self.gate_up(self.mlp_norm(x))))  # gate and up: (T, 2F)
 
 
 class Cache:
@@ -131,15 +123,16 @@ class Transformer(nn.Module):
 
     def prefill(self, ids: torch.Tensor, cu_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of every layer, each (L, T, G, E), for a cache; arguments as in `forward`."""
-        keys, values = [], []
+        c = self.config
+        shape = (c.num_layers, len(ids), c.num_kv_heads, c.head_dim)
+        keys, values = (torch.empty(shape, dtype=self.dtype, device=ids.device) for _ in "kv")
 
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            keys.append(k)
-            values.append(v)
+            keys[layer], values[layer] = k, v  # copied: v is a view of q, k and v together
             return attention(q, k, v, cu_seqlens)
 
         self._run(ids, positions(cu_seqlens, len(ids)), attend)
-        return torch.stack(keys), torch.stack(values)
+        return keys, values
 
     def decode(self, ids: torch.Tensor, cache: Cache) -> torch.Tensor:
         """Append ids (S,), a token to each of the cache's first S rows; hidden states (S, D) of those tokens."""
@@ -174,7 +167,10 @@ class Transformer(nn.Module):
         return weight[: self.vocab_size].to(self.dtype)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (T, V) of hidden states (T, D)."""
+        """Logits (T, V) of hidden states (T, D); fp32 for the sampler on a GPU, because the trainer's are fp32 there."""
+        if hidden.is_cuda and hidden.dtype != torch.float32 and not torch.is_grad_enabled():
+            weight = self.embed if self.head is None else self.head  # all rows: an odd number of columns is slow
+            return torch.mm(hidden, weight.to(self.dtype).T, out_dtype=torch.float32)[:, : self.vocab_size]
         return linear(hidden, self.head_weight, packed=self.packed)
 
     @contextmanager
@@ -198,7 +194,8 @@ class Transformer(nn.Module):
         """
         self.vocab_size = other.vocab_size
         for ours, theirs in zip(self.parameters(), other.parameters(), strict=True):
-            ours.copy_(theirs.full_tensor() if isinstance(theirs, DTensor) else theirs)
+            # Cast first: ranks exchange half the bytes.
+            ours.copy_(theirs.to(ours.dtype).full_tensor() if isinstance(theirs, DTensor) else theirs)
 
     def init_weights(self, seed: int, std: float = 0.02) -> None:
         """Random weights as in GPT-2: normal, the two matrices that end a residual branch scaled down."""

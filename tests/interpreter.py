@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # as `s2r/run/loop.py` has it
 
 
 def mend() -> None:

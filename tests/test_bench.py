@@ -19,13 +19,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 triton = pytest.importorskip("triton")
-from kernels import attention, logprob  # noqa: E402
+from kernels import attention, elementwise, logprob, sampling  # noqa: E402
 
 SHARED_KB = {80: 163, 90: 227}  # of one program: A100 and H100, CUDA C++ Programming Guide, "Technical Specifications"
 
 POINTERS = {"cu_seqlens": "*i64", "lengths": "*i64", "targets": "*i64", "scale": "fp32", "inverse_temperature": "fp32"}
-FP32 = ("lse", "delta", "partial", "target_logit", "stats", "upstream")
-INTEGERS = ("sequences", "T", "V", "splits", "tiles", "first", "width")
+POINTERS |= {"token": "*i64", "sign": "fp32"}
+FP32 = ("lse", "delta", "partial", "target_logit", "stats", "upstream", "logits", "largest", "mass", "uniform", "logp")
+INTEGERS = ("sequences", "T", "V", "splits", "tiles", "first", "width", "chunks")
 
 
 def signature(kernel) -> dict[str, str]:
@@ -50,6 +51,12 @@ def kernels(capability: int) -> Iterator[tuple[str, object, dict[str, int], int,
         constants = {"D": 3584, "D_REF": 3584, "WITH_KL": with_kl, "GROUP": logprob.GROUP, **tiles}
         for name, kernel in (("forward", logprob._forward_kernel), ("slab of dz", logprob._slab_kernel)):
             yield f"log p{' and KL' if with_kl else ''} {name}", kernel, constants, warps, stages
+    yield "sampling, chunks", sampling._chunk_kernel, {"CHUNK": sampling.CHUNK}, 8, 3
+    choose = {"CHUNK": sampling.CHUNK, "BLOCK": 64, "GREEDY": False}
+    yield "sampling, choice", sampling._choose_kernel, choose, 8, 3
+    yield "rotate", elementwise._rotate_kernel, {"HEADS": 28, "HALF": 64, "BLOCK_H": 32, "BLOCK_E": 64}, 4, 3
+    for name, backward in (("forward", False), ("backward", True)):
+        yield f"SwiGLU {name}", elementwise._swiglu_kernel, {"WIDTH": 18_944, "BACKWARD": backward, "BLOCK": 1024}, 4, 3
     for E in (64, 80, 128, 256):
         BLOCK_E, tiles = attention._tiles(E, torch.bfloat16)
         heads = {"H": 28, "GROUP": 7, "E": E, "BLOCK_E": BLOCK_E}
@@ -117,13 +124,14 @@ def test_kernels_compile_within_the_limits_of_the_chips():
     rows = json.loads(done.stdout)
     for sm in (80, 90):
         names = [row["kernel"] for row in rows if row["sm"] == sm]
-        assert len(names) == len(set(names)) and {name.split()[0] for name in names} == {"attention", "decode", "log"}
+        kinds = {name.split()[0].strip(",") for name in names}
+        assert len(names) == len(set(names)) and kinds == {"attention", "decode", "log", "sampling", "rotate", "SwiGLU"}
     for row in rows:
         assert row["registers"] <= 255 and row["shared"] <= SHARED_KB[row["sm"]] * 1024, row
         assert row["local"] == 0 if "forward" in row["kernel"] else row["local"] < 512, row
-        if "merge" not in row["kernel"]:
-            assert row["matmul"], row
-        if row["sm"] == 90 and ("forward" in row["kernel"] or "dq" in row["kernel"]) and "decode" not in row["kernel"]:
+        multiplies = row["kernel"].startswith(("attention", "decode", "log")) and "merge" not in row["kernel"]
+        assert bool(row["matmul"]) == multiplies, row
+        if multiplies and row["sm"] == 90 and ("forward" in row["kernel"] or "dq" in row["kernel"]) and "decode" not in row["kernel"]:
             assert row["matmul"].startswith("wgmma"), row
 
 

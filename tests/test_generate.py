@@ -8,7 +8,7 @@ import torch
 from test_model import FAMILIES, V, hugging_face, save
 
 from kernels.logprob import token_logp
-from s2r.generate import Rollout, generate, sample
+from s2r.generate import Rollout, _Rows, generate, sample
 from s2r.hf.config import ModelConfig
 from s2r.model import Cache, Transformer
 
@@ -98,6 +98,26 @@ def test_sampled_logp_in_bf16_is_close_to_scored_logp():
     assert torch.cat(gaps).abs().mean() < 0.03 and torch.cat(gaps).abs().max() < 0.3
 
 
+def test_gap_of_sampler_and_trainer_in_bfloat16_is_small():
+    """The mean of |log p sampled − scored|, which an RL step logs as `gap`; activations have 8 bits."""
+    model = small(dtype=torch.bfloat16)
+    gaps = [torch.tensor(r.logp) - scored(model, PROMPTS[r.prompt], r.ids) for r in run(model, max_new_tokens=40)]
+    assert 0 < torch.cat(gaps).abs().mean() < 0.02
+
+
+def test_prompts_that_wait_are_prefilled_with_those_that_start(monkeypatch):
+    """Two slots and seven prompts: one call of `prefill`, not one for every prompt, and the same rollouts."""
+    calls, prefill, _ = [], Transformer.prefill, base()
+    monkeypatch.setattr(Transformer, "prefill", lambda *a: calls.append(len(a[2])) or prefill(*a))
+    for rollout in run(slots=2):
+        same(rollout, base()[rollout.prompt, rollout.sample])
+    assert calls == [8]  # borders of seven prompts
+    calls.clear()
+    for rollout in run(slots=2, prefill_tokens=30):
+        same(rollout, base()[rollout.prompt, rollout.sample])
+    assert calls == [4, 5]  # three prompts, then four
+
+
 def test_vocabulary_is_cut_in_sampler_and_scorer_alike():
     model = Transformer(small().config)
     model.copy_from(small())
@@ -185,6 +205,22 @@ def test_rollouts_from_cuda_graphs_are_those_of_the_cpu():
     model.copy_from(small())
     for rollout in run(model, slots=8):
         same(rollout, base()[rollout.prompt, rollout.sample])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("slots", [8, 21, 100])
+def test_cuda_graphs_draw_what_single_steps_draw_in_bfloat16(slots, monkeypatch):
+    """Rows stop all the time, so that batches of several sizes are recorded and replayed."""
+    config = ModelConfig(5001, 256, 512, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=64)
+    model = Transformer(config, torch.bfloat16, "cuda")
+    model.init_weights(0)
+    asked = [torch.randint(5001, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in range(3, 53)]
+    found = []
+    for replay in (_Rows._replay, _Rows._advance):
+        monkeypatch.setattr(_Rows, "_replay", replay)
+        rollouts = generate(model, asked, n=2, temperature=1.0, max_new_tokens=100, stop_ids=range(100), slots=slots)
+        found.append([r.ids for r in rollouts])
+    assert found[0] == found[1] and len({len(ids) for ids in found[0]}) > 20
 
 
 def test_problems_name_the_stream_and_not_the_index():

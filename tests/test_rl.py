@@ -350,7 +350,8 @@ def test_gradient_does_not_depend_on_the_token_budget(name, folder, tmp_path, mo
     trajectories = str(trajectory_file(tmp_path / "trajectories.jsonl", 50))
     found = []
     for budget in (512, 4096, 10**9):
-        settings = {"model": str(folder), "out": str(tmp_path / str(budget)), "tokens_per_microbatch": budget}
+        settings = {"model": str(folder), "out": str(tmp_path / str(budget)), "tokens_per_microbatch": budget,
+                    "device": "cpu"}
         if name == "sft":
             script, cfg = train_sft, train_sft.Config(data=trajectories, batch_size=50, kl=0.1, **settings)
         else:  # a random model is never right: its advantages are the KL to the reference
