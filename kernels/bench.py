@@ -1,4 +1,6 @@
-"""What the kernels cost on a GPU: `python -m kernels.bench` prints a table per kernel.
+"""What the kernels cost on a GPU: `python -m kernels.bench` prints a table per kernel, in three minutes.
+
+`--flex` adds torch's flex_attention, which compiles for minutes.
 
 Ours beside PyTorch's own ways of doing the same, measured in one run, in the shapes of Qwen2.5-Math-1.5B and -7B and
 Llama-3.1-8B. Times are medians after warm-up. Percentages are fractions of the ceiling: what a plain matmul, or a plain
@@ -12,6 +14,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from kernels import attention as A
 from kernels import logprob as P
@@ -44,7 +47,7 @@ def attempt(measure: Callable[[], float]) -> float:
     """A measurement, NaN where this PyTorch or this chip cannot do it (a backend refuses, memory runs out)."""
     try:
         return measure()
-    except (RuntimeError, ImportError) as error:
+    except (RuntimeError, ImportError, AttributeError, triton.runtime.errors.OutOfResources) as error:
         torch.cuda.empty_cache()
         print(f"    not measured: {str(error).splitlines()[0][:90]}", file=sys.stderr)
         return float("nan")
@@ -85,10 +88,11 @@ def forward_and_backward(function: Callable[[], torch.Tensor], leaves: list[torc
     return forward, milliseconds(lambda: torch.autograd.grad(out, leaves, upstream, retain_graph=True))
 
 
-def bench_attention(peak: float) -> None:
+def bench_attention(peak: float, with_flex: bool) -> None:
     print("\n## Causal attention, bf16. ms (TFLOP/s, fraction of the matmul ceiling)\n")
-    print("| heads | sequences | ours fwd | ours bwd | SDPA flash fwd | bwd | cuDNN fwd | bwd | flex fwd | bwd |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    names = ("ours", "SDPA flash", "cuDNN", *["flex"] * with_flex)
+    print("| heads | sequences | " + " | ".join(f"{name} fwd | bwd" for name in names) + " |")
+    print("|---|---" + "|---|---" * len(names) + "|")
     heads = {name: shape[:3] for name, shape in MODELS.items()} | E64
     packs = {"8 × 2,048": [2048] * 8, "2 × 8,192": [8192] * 2, "RL, mean 500": rl_lengths()}
     for name, (H, G, E) in heads.items():
@@ -107,7 +111,8 @@ def bench_attention(peak: float) -> None:
                             lambda: F.scaled_dot_product_attention(*padded, is_causal=True, enable_gqa=True), padded
                         )
                     )
-            times.append(attempt_pair(lambda: flex(q, k, v, lengths), [q, k, v]))
+            if with_flex:
+                times.append(attempt_pair(lambda: flex(q, k, v, lengths), [q, k, v]))
             cells = []
             for forward, backward in times:
                 for ms, work in ((forward, flops), (backward, 2.5 * flops)):
@@ -178,6 +183,8 @@ def bench_logprob(T: int = 8192) -> None:
             "ours": lambda: P.token_logp(hidden, weight, targets)[0],
             "whole logits": lambda: naive(hidden, weight, targets),
             "chunked PyTorch": lambda: P._TorchHead.apply(hidden, weight, targets, 1.0, None, None)[0],
+            "compiled chunks": lambda: compiled_chunks(hidden, weight, targets),
+            "torch's linear_cross_entropy": lambda: -F.linear_cross_entropy(hidden, weight, targets, reduction="none"),
             "Liger": lambda: liger(hidden, weight, targets),
         }
         print(f"| {name}: {D:,}, {V:,} | bare matmuls | {bare:.1f} | {3 * bare:.1f} | | |")
@@ -200,6 +207,17 @@ def bench_logprob(T: int = 8192) -> None:
             )
 
 
+@torch.compile(dynamic=False)
+def _compiled_chunk(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return naive(hidden, weight, targets)
+
+
+def compiled_chunks(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """log p in eight chunks of tokens, each recomputed in the backward pass, under torch.compile."""
+    chunks = zip(hidden.chunk(8), targets.chunk(8))
+    return torch.cat([checkpoint(_compiled_chunk, h, weight, t, use_reentrant=False) for h, t in chunks])
+
+
 def liger(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Liger's fused linear cross-entropy, where it is installed: the mean loss; no entropy, no gradient per token."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
@@ -215,9 +233,9 @@ def main() -> None:
     chip = torch.cuda.get_device_name()
     print(f"{chip}, torch {torch.__version__}, triton {triton.__version__}")
     print(f"ceilings: bf16 matmul {peak:.0f} TFLOP/s, copy {bandwidth:,.0f} GB/s")
-    bench_attention(peak)
     bench_decode(bandwidth)
     bench_logprob()
+    bench_attention(peak, "--flex" in sys.argv)
 
 
 if __name__ == "__main__":
