@@ -2,6 +2,7 @@
 
     python sample.py --model DIR --ask "What is 7 times 6?" --answer 42
     python sample.py --model DIR --data F.jsonl --max-new-tokens 2048 --out ROLLOUTS.jsonl --report R.json
+    torchrun --nproc-per-node 8 -- sample.py …         the same flags and the same rollouts, a part of them on each GPU
 
 With `--n 5 --temperature 0.7` it collects the samples of stage 0 (paper §2.2: K = 5 samples a problem). Partial results
 are kept in OUT.begun; rerun the same command to continue.
@@ -10,7 +11,6 @@ are kept in OUT.begun; rerun the same command to continue.
 import s2r  # isort: skip  # noqa: F401  before torch: it settles how torch's threads wait
 
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Literal
 from s2r.data import Problem, check_output, load_problems, write_jsonl
 from s2r.grade import parsable
 from s2r.metrics import at_k, summarize
-from s2r.rollouts import roll_out
+from s2r.rollouts import encode_prompts
 from s2r.run import flags, loop
 from s2r.run.journal import Journal
 from s2r.view.page import page
@@ -51,14 +51,20 @@ class Config:
 def main(cfg: Config) -> None:
     check_settings(cfg)
     problems = [Problem(cfg.ask, cfg.answer, "asked")] if cfg.ask else load_problems(cfg.data, cfg.limit)
-    model, tokenizer = loop.load(cfg, *loop.pick(cfg))
-    journal = Journal(cfg, problems, model.dtype)
+    ranks, dtype = loop.pick(cfg)
+    model, tokenizer = loop.load(cfg, ranks, dtype, whole=True)
+    encode_prompts(problems, tokenizer, model.config.max_positions)  # one that is too long: before anything is written
+    journal = Journal(cfg, problems, ranks, dtype)
 
     settings = {name: getattr(cfg, name) for name in ("n", "temperature", "max_new_tokens", "seed", "slots")}
-    options = {"known": journal.known, "each": journal.add, "progress": not cfg.ask}
+    options = {"known": journal.known, "each": journal.add, "progress": not cfg.ask and not ranks.rank}
     start = time.perf_counter()
-    trajectories = roll_out(model, tokenizer, problems, **settings, prefill_tokens=cfg.tokens_per_microbatch, **options)
+    trajectories = loop.roll_out_together(
+        ranks, model, tokenizer, problems, prefill_tokens=cfg.tokens_per_microbatch, **settings, **options
+    )
     seconds = time.perf_counter() - start
+    if ranks.rank:
+        return  # the first writes for all
 
     for trajectory in trajectories if cfg.ask else trajectories[: cfg.show]:
         print(show(trajectory), end="\n\n")
@@ -80,8 +86,6 @@ def main(cfg: Config) -> None:
 
 def check_settings(cfg: Config) -> None:
     """Raises ValueError for settings that make no sense, alone or together."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("sample.py runs as one process; start it without torchrun, on a part of the data per GPU")
     flags.check(cfg, "n", "max_new_tokens", "slots")
     if bool(cfg.data) == bool(cfg.ask):
         raise ValueError(f"give --data, a problem file, or --ask, one problem, and not both; {flags.TOY}")

@@ -57,6 +57,8 @@ class Config:
     keep: int = 2  # checkpoints to keep, the newest
     resume: bool = False  # continue the run in --out; start it if there is none
     tensorboard: bool = False  # write the log for TensorBoard too
+    lora: int = 0  # rank of the adapters that are trained in place of the weights (LoRA); 0: train the weights
+    lora_alpha: float = 32.0  # α of LoRA: adapters count α/rank
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
     offload: bool = False  # keep the optimizer's state in CPU memory: 8 bytes per parameter less on the GPU, slower
     slots: int = 128  # rollouts sampled at a time; fewer take less memory
@@ -70,7 +72,7 @@ def main(cfg: Config) -> None:
     problems = load_problems(cfg.data) if cfg.data else []
     ranks, dtype = loop.pick(cfg)
     model, tokenizer = loop.load(cfg, ranks, dtype, train=True)  # π_θ
-    reference = loop.load(cfg, ranks, dtype)[0] if cfg.beta or cfg.offline else None  # π_ref
+    reference = loop.load_frozen(cfg, ranks, dtype, model) if cfg.beta or cfg.offline else None  # π_ref
     old = reference if cfg.offline else model  # π_old: offline it stays the model that sampled
     stop = loop.Stop(ranks)
     sampler = loop.Sampler(cfg, ranks, model, tokenizer, stop)

@@ -46,6 +46,8 @@ class Config:
     keep: int = 2  # checkpoints to keep, the newest
     resume: bool = False  # continue the run in --out; start it if there is none
     tensorboard: bool = False  # write the log for TensorBoard too
+    lora: int = 0  # rank of the adapters that are trained in place of the weights (LoRA); 0: train the weights
+    lora_alpha: float = 32.0  # α of LoRA: adapters count α/rank
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
     offload: bool = False  # keep the optimizer's state in CPU memory: 8 bytes per parameter less on the GPU, slower
     tokens_per_microbatch: int = 8192  # tokens run through the model at a time; changes memory, not the gradient
@@ -58,7 +60,7 @@ def main(cfg: Config) -> None:
     examples = load_trajectories(cfg.data)
     ranks, dtype = loop.pick(cfg)
     model, tokenizer = loop.load(cfg, ranks, dtype, train=True)  # π_θ
-    base = loop.load(cfg, ranks, dtype)[0] if cfg.kl else None  # π_base
+    base = loop.load_frozen(cfg, ranks, dtype, model) if cfg.kl else None  # π_base
     longest = min(cfg.max_length, model.config.max_positions)
     sequences, scored = sft_sequences(examples, tokenizer, longest, cfg.unmasked)
     if not sequences:

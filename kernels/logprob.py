@@ -66,7 +66,7 @@ class _TorchHead(torch.autograd.Function):
         hidden, weight, targets, hidden_ref, weight_ref, kl, m, log_s, m_ref, log_s_ref = ctx.saved_tensors
         T, V = hidden.shape[0], weight.shape[0]
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
-        grad_weight = torch.empty_like(weight)
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None  # None: a frozen head
         rows = torch.arange(T, device=hidden.device)
         for slab in _slices(V, max(CHUNK_ELEMENTS // max(T, 1), 128)):
             z = _z(hidden, weight[slab], ctx.temperature)  # (T, entries of this slab)
@@ -81,7 +81,8 @@ class _TorchHead(torch.autograd.Function):
             hit = (targets >= slab.start) & (targets < slab.stop)  # (T,)
             grad_z[rows[hit], targets[hit] - slab.start] += grad_logp[hit]
             grad_z = grad_z.div_(ctx.temperature).to(hidden.dtype)
-            torch.mm(grad_z.T, hidden, out=grad_weight[slab])  # all tokens at once: rounded once
+            if grad_weight is not None:
+                torch.mm(grad_z.T, hidden, out=grad_weight[slab])  # all tokens at once: rounded once
             if hidden.dtype == torch.float32:
                 grad_hidden.addmm_(grad_z, weight[slab])
             else:

@@ -35,10 +35,25 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(d_out, d_in, **where))
         self.bias = nn.Parameter(torch.empty(d_out, **where)) if bias else None
         self.packed: torch.Tensor | None = None  # see `Transformer.prepacked`
+        self.lora: LoRA | None = None  # see `Transformer.add_lora`
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return linear(x, self.weight.to(x.dtype), bias, self.packed)
+        out = linear(x, self.weight.to(x.dtype), bias, self.packed)
+        return out + self.lora(x) if self.lora is not None and self.lora.on else out
+
+
+class LoRA(nn.Module):
+    """α/r·B·A·x, of rank r, beside a frozen matrix (arXiv 2106.09685); A (r, d_in) and B (d_out, r) are fp32."""
+
+    def __init__(self, d_in: int, d_out: int, rank: int, alpha: float, device: torch.device):
+        super().__init__()
+        self.A = nn.Parameter(torch.empty(rank, d_in, device=device))
+        self.B = nn.Parameter(torch.empty(d_out, rank, device=device))
+        self.scale, self.on = alpha / rank, True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype)) * self.scale
 
 
 class RMSNorm(nn.Module):
@@ -197,6 +212,28 @@ class Transformer(nn.Module):
             # Cast first: ranks exchange half the bytes.
             ours.copy_(theirs.to(ours.dtype).full_tensor() if isinstance(theirs, DTensor) else theirs)
 
+    def add_lora(self, rank: int, alpha: float) -> None:
+        """Freeze all weights and put adapters beside the matrices of the blocks; `init_lora` gives them values."""
+        self.requires_grad_(False)
+        for block in self.blocks:
+            for module in block.children():
+                if isinstance(module, Linear):
+                    module.lora = LoRA(*module.weight.T.shape, rank, alpha, module.weight.device)
+
+    @torch.no_grad()
+    def init_lora(self, seed: int) -> None:
+        """A uniform in ±1/√d_in, as in PEFT, and B zero: the model is still the base. The same on any number of ranks."""
+        generator = torch.Generator().manual_seed(seed)
+        for lora in self.adapters():
+            A = (torch.rand(lora.A.shape, generator=generator) * 2 - 1) / math.sqrt(lora.A.shape[1])
+            ours, first = weights.local_rows(lora.A)
+            ours.copy_(A[first : first + len(ours)])
+            weights.local_rows(lora.B)[0].zero_()
+
+    def adapters(self) -> list[LoRA]:
+        """The LoRA modules, block by block."""
+        return [module for module in self.modules() if isinstance(module, LoRA)]
+
     def init_weights(self, seed: int, std: float = 0.02) -> None:
         """Random weights as in GPT-2: normal, the two matrices that end a residual branch scaled down."""
         generator = torch.Generator(self.embed.device).manual_seed(seed)
@@ -229,6 +266,26 @@ class Transformer(nn.Module):
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write config.json and the weights, in `dtype` or that of the activations. Raises as `weights.save`."""
         weights.save(self, folder, dtype or self.dtype)
+
+
+class Frozen:
+    """A model with LoRA as it was before training, π_ref or π_base: the same weights, run with the adapters off."""
+
+    def __init__(self, model: Transformer):
+        self.model = model
+
+    def __call__(self, ids: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        adapters = self.model.adapters()
+        try:
+            for lora in adapters:
+                lora.on = False
+            return self.model(ids, cu_seqlens)
+        finally:
+            for lora in adapters:
+                lora.on = True
+
+    def __getattr__(self, name: str):
+        return getattr(self.model, name)
 
 
 def positions(cu_seqlens: torch.Tensor, T: int) -> torch.Tensor:

@@ -44,6 +44,7 @@ class Config:
     resume: bool = False  # continue
     keep: int = 2  # checkpoints
     offload: bool = False  # optimizer state on the CPU
+    lora: int = 0  # rank
     max_grad_norm: float = 1.0  # clip
     save_every: int = 50  # steps
     tensorboard: bool = False  # log
@@ -201,12 +202,6 @@ def test_check_refuses_numbers_that_make_no_sense(value, named):
         flags.check(Lists(("a",), (0.1, -1.0)))
 
 
-def test_sample_refuses_more_than_one_process(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="sample.py runs as one process"):
-        sample.main(sample.Config(model="nowhere"))
-
-
 # --- device, order, load ---
 
 def pick(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
@@ -217,6 +212,15 @@ def pick(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
 def test_pick_auto_is_fp32_on_a_cpu():
     assert pick("cpu", "auto") == (torch.device("cpu"), torch.float32)
     assert pick("cpu", "bfloat16") == (torch.device("cpu"), torch.bfloat16)
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="this is a Mac with a GPU")
+def test_pick_takes_the_gpu_of_a_mac_only_where_it_is_and_is_asked_for(monkeypatch):
+    with pytest.raises(ValueError, match="--device mps: torch sees no Mac's GPU here"):
+        pick("mps", "auto")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert pick("mps", "auto") == (torch.device("mps"), torch.float32)
+    assert pick("auto", "auto")[0].type != "mps"
 
 
 @pytest.mark.parametrize("device", ["nonsense", "cuda:x", pytest.param("cuda", marks=pytest.mark.skipif(
@@ -250,7 +254,7 @@ def test_order_is_a_permutation_by_seed_and_epoch():
 
 def test_load_keeps_fp32_weights_to_train_and_cuts_the_vocabulary(tmp_path):
     tiny_model(tmp_path, spare=7)
-    cfg = SimpleNamespace(model=str(tmp_path), checkpointing=True)
+    cfg = SimpleNamespace(model=str(tmp_path), checkpointing=True, lora=0)
     model, tokenizer = loop.load(cfg, ALONE, torch.bfloat16, train=True)
     assert model.dtype == torch.bfloat16 and {p.dtype for p in model.parameters()} == {torch.float32}
     assert model.checkpointing

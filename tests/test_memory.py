@@ -122,7 +122,7 @@ def test_report_takes_settings_and_lengths_from_the_script(monkeypatch):
     """Sequences of 100 tokens; a prompt of 20 whose response may fill the rest of 60."""
     monkeypatch.setattr(memory, "text", lambda parts: parts)
     model = SimpleNamespace(config=SMALL, dtype=torch.float32)
-    common = {"checkpointing": False, "offload": False, "tokens_per_microbatch": 150}
+    common = {"checkpointing": False, "offload": False, "lora": 0, "tokens_per_microbatch": 150}
     sft = SimpleNamespace(batch_size=8, kl=0.1, **common)
     rl = SimpleNamespace(problems=4, rollouts=4, updates=2, beta=0.0, offline="", slots=6, max_new_tokens=40, **common)
 

@@ -1,5 +1,6 @@
 """Several processes: the same rollouts, the same steps and the same weights as one, whatever their number."""
 
+import json
 import socket
 import subprocess
 import sys
@@ -11,10 +12,14 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from test_scripts import RL, SFT, log
 
+import sample
 import train_rl
 import train_sft
+from s2r.data import load_problems, read_jsonl, write_jsonl
 from s2r.packing import pack
+from s2r.run.journal import Journal
 from s2r.run.ranks import Ranks
+from s2r.stage0 import verifications
 from tiny_model import problem_file, tiny_model, trajectory_file
 
 # Three steps; two problems a step, so that of three ranks one has nothing to sample. A small rate: Adam makes a whole step
@@ -22,6 +27,7 @@ from tiny_model import problem_file, tiny_model, trajectory_file
 JOBS = {
     "sft": (train_sft, SFT | {"epochs": 1, "batch_size": 6, "tokens_per_microbatch": 200}),
     "outcome": (train_rl, RL | {"level": "outcome", "problems": 2, "steps": 3, "lr": 2e-4, "tokens_per_microbatch": 200}),
+    "lora": (train_rl, RL | {"level": "process", "problems": 2, "steps": 3, "lr": 2e-3, "lora": 4}),
     "process": (train_rl, RL | {"level": "process", "problems": 2, "steps": 3, "lr": 2e-4, "tokens_per_microbatch": 200}),
 }
 
@@ -44,9 +50,10 @@ def world(tmp_path_factory):
 
 
 def torchrun(ranks: int, script: str, settings: dict, *more: str) -> subprocess.CompletedProcess:
+    """A script, or `-m` a module."""
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return subprocess.run([*launch, str(ROOT / script), *flags, *more], cwd=ROOT, capture_output=True, text=True, check=False)
+    return subprocess.run([*launch, "--", *script.split(), *flags, *more], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -105,6 +112,60 @@ def test_ranks_take_the_steps_of_one_process_in_bfloat16_up_to_its_rounding(worl
     done = torchrun(2, "train_sft.py", settings("sft", names[2]) | {"dtype": "bfloat16"})
     assert done.returncode == 0, done.stderr[-3000:]
     compare(names[2], names[1], 2**-8)
+
+
+SAMPLE = {"n": 3, "temperature": 0.7, "max_new_tokens": 60, "slots": 4, "device": "cpu"}
+
+
+def test_ranks_sample_what_one_process_does(world, tmp_path):
+    """The same rollout file, and a report that differs in its speed alone; also where a run was cut short before."""
+    folder, _ = world
+    whole = SAMPLE | {"model": str(folder / "taught"), "data": str(folder / "p.jsonl")}
+
+    def files(name: str) -> dict:
+        return {"out": str(tmp_path / f"{name}.jsonl"), "report": str(tmp_path / f"{name}.json")}
+
+    sample.main(sample.Config(**whole, **files("one")))
+    rows = read_jsonl(tmp_path / "one.jsonl")
+    assert torchrun(2, "sample.py", whole | files("two")).returncode == 0
+    assert_same(read_jsonl(tmp_path / "two.jsonl"), rows)
+    assert not (tmp_path / "two.jsonl.begun").exists()
+    reports = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two")]
+    assert all(report.pop("tokens_per_second") > 0 for report in reports) and reports[0] == reports[1]
+
+    # What a run that was killed leaves: some rollouts in the order in which they ended, the last line torn.
+    settings = sample.Config(**whole, **files("cut"))
+    problems = load_problems(settings.data)
+    Journal(settings, problems, Ranks(torch.device("cpu")), torch.float32)
+    places = {problem.unique_id: i for i, problem in enumerate(problems)}
+    found = [{"prompt": places[row["unique_id"]], **{k: row[k] for k in ("sample", "ids", "logp", "finished")}} for row in rows]
+    with open(f"{settings.out}.begun", "a") as begun:
+        begun.writelines(json.dumps(row) + "\n" for row in found[::-5])
+        begun.write(json.dumps(found[0])[:40])
+    done = torchrun(3, "sample.py", whole | files("cut"))
+    assert done.returncode == 0 and f"{len(found[::-5])} rollouts are there" in done.stdout, done.stderr[-3000:]
+    assert_same(read_jsonl(tmp_path / "cut.jsonl"), rows)
+
+
+def assert_same(found: list[dict], wanted: list[dict]) -> None:
+    """The same rows; log p up to the rounding of sums in batches of other sizes."""
+    for row, one in zip(found, wanted, strict=True):
+        assert row.pop("logp") == pytest.approx(one["logp"], abs=1e-5)
+        assert row == {key: value for key, value in one.items() if key != "logp"}
+
+
+def test_ranks_verify_what_one_process_does(world, tmp_path):
+    folder, _ = world
+    problems = [{"unique_id": f"sum/{i}", "problem": f"{i}+1?", "answer": str(i + 1)} for i in range(5)]
+    write_jsonl(tmp_path / "r.jsonl", [row | {"finished": True, "text": rf"\boxed{{{said}}}"}
+                                       for row in problems for said in (row["answer"], "77")])  # fmt: skip
+    settings = {"rollouts": str(tmp_path / "r.jsonl"), "model": str(folder / "taught"), "max_new_tokens": 20, "batch": 3,
+                "device": "cpu"}  # fmt: skip
+    verifications.main(verifications.Config(**settings, out=str(tmp_path / "one.jsonl")))
+    done = torchrun(2, "-m s2r.stage0.verifications", settings | {"out": str(tmp_path / "two.jsonl")})
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (sorted(read_jsonl(tmp_path / f"{name}.jsonl"), key=str) for name in ("one", "two"))
+    assert one == two and len(one) == 10
 
 
 def test_resume_with_another_number_of_ranks_goes_on_where_it_was(world, tmp_path):

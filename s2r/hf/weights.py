@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
+from s2r.hf import adapter
 from s2r.hf.config import read_json
 
 SHARD_BYTES = 5 * 10**9  # size at which `save` starts the next file
@@ -43,7 +44,8 @@ def places(model) -> dict[str, tuple[torch.nn.Parameter, int, int]]:
             ("mlp.up_proj", block.gate_up, F, 2 * F),
             ("mlp.down_proj", block.down),
         ):
-            for kind, p in module.named_parameters() if module else ():  # "weight", and of Qwen2's q, k, v a "bias"
+            # "weight", and of Qwen2's q, k, v a "bias"; LoRA's are in adapter.py.
+            for kind, p in module.named_parameters(recurse=False) if module else ():
                 found[f"model.layers.{i}.{name}.{kind}"] = p, *(rows or (0, len(p)))
     return found
 
@@ -77,12 +79,18 @@ def _read(shard: Path, name: str, weight, p: torch.nn.Parameter, start: int, end
     found, wanted = tuple(weight.get_shape()), (end - start, *p.shape[1:])
     if found != wanted:
         raise ValueError(f"{shard}: {name} is {found}, config.json says {wanted}; fetch both files again")
-    ours, first = p, 0
-    if isinstance(p, DTensor):  # spread by FSDP, the same number of rows to every rank, to the last ones fewer
-        ours, first = p.to_local(), -(-len(p) // p.device_mesh.shape[-1]) * p.device_mesh.get_coordinate()[-1]
+    ours, first = local_rows(p)
     low, high = max(start, first), min(end, first + len(ours))
     if low < high:
         ours[low - first : high - first].copy_(weight[low - start : high - start])
+
+
+def local_rows(p: torch.nn.Parameter) -> tuple[torch.Tensor, int]:
+    """The rows of a parameter that this rank has, and the number of the first."""
+    if not isinstance(p, DTensor):
+        return p, 0
+    # Spread by FSDP: the same number of rows to every rank, to the last ones fewer.
+    return p.to_local(), -(-len(p) // p.device_mesh.shape[-1]) * p.device_mesh.get_coordinate()[-1]
 
 
 def shards(folder: Path) -> list[Path]:
@@ -105,14 +113,15 @@ def shards(folder: Path) -> list[Path]:
 def save(model, folder: str | Path, dtype: torch.dtype) -> None:
     """Write config.json and the weights in `dtype`, in one file or, beyond SHARD_BYTES, in several with an index.
 
+    A LoRA is added to its matrix in fp32, and the sum is rounded once; folder/adapter has it in the format of PEFT.
     Raises ValueError when the model was not read from a Hugging Face folder and has no config.json to write.
     """
     folder = Path(folder)
     if model.config.hf is None:
         raise ValueError("save_pretrained needs ModelConfig.hf, the config.json to write")
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: p.detach()[start:end] for name, (p, start, end) in places(model).items()}
-    sizes = {name: weight.numel() * dtype.itemsize for name, weight in weights.items()}
+    weights, deltas = places(model), adapter.deltas(model)
+    sizes = {name: p[start:end].numel() * dtype.itemsize for name, (p, start, end) in weights.items()}
     groups, room = [], 0
     for name, size in sizes.items():
         if not groups or size > room:
@@ -127,8 +136,16 @@ def save(model, folder: str | Path, dtype: torch.dtype) -> None:
         text = json.dumps({"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}, indent=2)
         (folder / "model.safetensors.index.json").write_text(text)
     for file, group in zip(files, groups):  # one file in memory at a time
-        copies = ((name, weights[name].to("cpu", dtype, copy=True).contiguous()) for name in group)
-        save_file(dict(copies), folder / file, {"format": "pt"})
+        copies = {}
+        for name in group:
+            p, start, end = weights[name]
+            weight = p.detach()[start:end]
+            if p in deltas:
+                weight = weight.float() + deltas[p](start, end)
+            copies[name] = weight.to("cpu", dtype, copy=True).contiguous()
+        save_file(copies, folder / file, {"format": "pt"})
+    if deltas:
+        adapter.save(model, folder / "adapter")
     hf = {key: value for key, value in model.config.hf.items() if key not in ("torch_dtype", "dtype")}
     hf["torch_dtype"] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n")

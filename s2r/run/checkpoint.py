@@ -126,7 +126,7 @@ class Run:
         """Checkpoint after `step` steps. Raises OSError when it cannot be written; the one before is untouched."""
         if step == self.saved:
             return
-        options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+        options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
         weights, moments = dcp.get_state_dict(model, optimizer, options=options)  # gathered: all ranks take part
         if self.first:
             self._write_checkpoint(model, {"step": step, "model": weights, "optimizer": moments})
@@ -136,8 +136,12 @@ class Run:
         """step-N as a whole or not at all, then the links to it, then away with those that are too old."""
         step = state["step"]
         if self.ranks.size > 1:
-            model = Transformer(model.config, model.dtype)
-            model.load_state_dict(state["model"])
+            whole = Transformer(model.config, model.dtype)
+            if self.cfg.lora:
+                whole = Transformer.from_pretrained(self.cfg.model, model.dtype)
+                whole.add_lora(self.cfg.lora, self.cfg.lora_alpha)
+            model = whole
+            model.load_state_dict(state["model"], strict=not self.cfg.lora)
         scratch, checkpoint = self.folder / "saving.tmp", self.folder / f"step-{step}"
         try:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -146,7 +150,7 @@ class Run:
                 if file.name.startswith(TOKENIZER):
                     shutil.copyfile(file, scratch / file.name)
             torch.save(state, scratch / STATE)
-            for path in (*scratch.iterdir(), scratch, *self.folder.glob("*.jsonl")):
+            for path in (*scratch.rglob("*"), scratch, *self.folder.glob("*.jsonl")):
                 _sync(path)
             shutil.rmtree(checkpoint, ignore_errors=True)  # there is one if it could not be read
             os.rename(scratch, checkpoint)
@@ -169,7 +173,9 @@ class Run:
         self.saved = step = int(self.ranks.sum([state["step"]])[0])  # that of the first rank, the others add 0
         if step:
             alone = self.ranks.size == 1
-            options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=not alone)
+            options = dcp.StateDictOptions(
+                full_state_dict=True, broadcast_from_rank0=not alone, strict=not self.cfg.lora, ignore_frozen_params=True
+            )
             if self.cfg.offload and alone:
                 model.to("cpu")  # or the optimizer state would pass through the GPU, all of it at once
             dcp.set_model_state_dict(model, state.get("model", {}), options=options)
@@ -222,8 +228,10 @@ class Run:
 
     def _publish(self, checkpoint: Path) -> None:
         """Make the run folder itself a Hugging Face folder with the model of this checkpoint."""
-        for file in set(checkpoint.iterdir()) - {checkpoint / STATE}:
-            with _replacing(self.folder / file.name) as partial:
+        for file in set(filter(Path.is_file, checkpoint.rglob("*"))) - {checkpoint / STATE}:
+            place = self.folder / file.relative_to(checkpoint)  # LoRA's files lie in a folder of their own
+            place.parent.mkdir(exist_ok=True)
+            with _replacing(place) as partial:
                 try:
                     os.link(file, partial)
                 except OSError:  # not every file system has hard links

@@ -12,13 +12,14 @@ from pathlib import Path
 
 from s2r.data import Problem, check_output, drop_torn_line, read_jsonl
 from s2r.generate import Rollout
+from s2r.run.ranks import Ranks
 
 
 class Journal:
     """`known`: the rollouts of the run that was killed; `add`: write one more. Without --out it does nothing."""
 
-    def __init__(self, cfg, problems: Sequence[Problem], dtype) -> None:
-        """Opens `cfg.out`.begun. Raises ValueError when it belongs to another model, data set or setting."""
+    def __init__(self, cfg, problems: Sequence[Problem], ranks: Ranks, dtype) -> None:
+        """All ranks add to the same file. Opens `cfg.out`.begun. Raises ValueError when it belongs to another model, data set or setting."""
         self.path, self.known = Path(f"{cfg.out}.begun") if cfg.out else None, []
         if not cfg.out:
             return
@@ -28,21 +29,24 @@ class Journal:
         self.settings["model"] = f"{cfg.model}, weights of {changed}"
         self.settings["data"] = f"{cfg.data or cfg.ask}, checksum {zlib.crc32(repr(problems).encode()):08x}"
         self.settings["dtype"] = str(dtype)
-        if self.path.exists() and drop_torn_line(self.path):
+        if not ranks.rank and not (self.path.exists() and drop_torn_line(self.path)):
+            self.path.write_text(json.dumps(self.settings) + "\n")
+        ranks.sum([0.0])  # the others wait for the first
+        if self.path.exists():
             begun, *rows = read_jsonl(self.path)
             for name, value in self.settings.items():
                 if begun.get(name) != value:
                     was = f"rollouts of a run that was cut short, with --{name.replace('_', '-')} {begun.get(name)}"
                     raise ValueError(f"{self.path} holds {was}; give the same flags to continue it, or delete it")
             self.known = [Rollout(**row) for row in rows]
-            print(f"continuing a run that was cut short: {len(self.known):,} rollouts are there")
+            if rows and not ranks.rank:
+                print(f"continuing a run that was cut short: {len(self.known):,} rollouts are there")
 
     def add(self, rollout: Rollout) -> None:
         """Write a rollout that has ended."""
         if self.path:
-            with self.path.open("a") as file:
-                for row in [asdict(rollout)] if file.tell() else [self.settings, asdict(rollout)]:
-                    file.write(json.dumps(row) + "\n")
+            with self.path.open("ab", buffering=0) as file:  # one write for a line, so that ranks do not mix theirs
+                file.write((json.dumps(asdict(rollout)) + "\n").encode())
 
     def remove(self) -> None:
         """Delete the file, once the rollout file is written."""

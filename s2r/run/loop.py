@@ -8,15 +8,17 @@ import os
 import re
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from s2r.data import Problem, load_problems
+from s2r.generate import Rollout
 from s2r.hf.tokenizer import Tokenizer
 from s2r.metrics import summarize
-from s2r.model import Transformer
+from s2r.model import Frozen, Transformer
 from s2r.rollouts import Trajectory, encode_prompts, roll_out
 from s2r.run.checkpoint import Run, to_host
 from s2r.run.ranks import Ranks
@@ -25,38 +27,53 @@ from s2r.run.ranks import Ranks
 def pick(cfg) -> tuple[Ranks, torch.dtype]:
     """The processes of this run on --device, and the dtype to compute in.
 
-    "auto" is the GPU if there is one, and bf16 on it, fp32 on a CPU. A GPU becomes the current device. Raises
-    ValueError for a device that is not here.
+    "auto" is the GPU if there is one, and bf16 on it, fp32 elsewhere. A GPU becomes the current device. "mps", the GPU
+    of a Mac, is for those who ask for it: nobody has tried it. Raises ValueError for a device that is not here.
     """
     device, dtype = cfg.device, cfg.dtype
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":  # one per process of torchrun
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    if not re.fullmatch(r"cpu|cuda:\d+", device):
-        raise ValueError(f"--device {device}: not a device; use auto, cpu, cuda or cuda:1")
-    if device != "cpu":
+    if not re.fullmatch(r"cpu|mps|cuda:\d+", device):
+        raise ValueError(f"--device {device}: not a device; use auto, cpu, cuda, cuda:1 or mps")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device mps: torch sees no Mac's GPU here; use --device cpu")
+    if device.startswith("cuda"):
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if int(device.removeprefix("cuda:")) >= count:
             raise ValueError(f"--device {device}: torch sees {count} GPUs here, from cuda:0 on; or use --device cpu")
         torch.cuda.set_device(device)  # streams and CUDA graphs are those of the current device
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums stay in fp32
     if dtype == "auto":
-        dtype = "float32" if device == "cpu" else "bfloat16"
-        if device != "cpu" and torch.cuda.get_device_capability(device)[0] < 8:
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+        if dtype == "bfloat16" and torch.cuda.get_device_capability(device)[0] < 8:
             dtype = "float32"
             print(f"{torch.cuda.get_device_name(device)} has no bfloat16 (sm_80 and later do): computing in float32")
     return Ranks(torch.device(device)), getattr(torch, dtype)
 
 
-def load(cfg, ranks: Ranks, dtype: torch.dtype, train: bool = False) -> tuple[Transformer, Tokenizer]:
-    """Model of --model, spread over the ranks, and its tokenizer; to train, the weights are fp32, whatever `dtype`.
+def load(
+    cfg, ranks: Ranks, dtype: torch.dtype, train: bool = False, whole: bool = False
+) -> tuple[Transformer, Tokenizer]:
+    """Model of --model, spread over the ranks or `whole` on each, and its tokenizer.
 
-    Raises ValueError when the tokenizer has ids that the embedding does not.
+    To train, the weights are fp32, whatever `dtype`, or with --lora frozen in `dtype` with fp32 adapters. Raises
+    ValueError when the tokenizer has ids that the embedding does not.
     """
     tokenizer = Tokenizer.from_pretrained(cfg.model)
-    weights = torch.float32 if train else None
-    model = Transformer.from_pretrained(cfg.model, dtype, ranks.device, weights, ranks.shard)
+    lora = train and cfg.lora
+
+    def spread(model: Transformer) -> None:
+        if lora:
+            model.add_lora(cfg.lora, cfg.lora_alpha)
+        if not whole:
+            ranks.shard(model)
+
+    weights = torch.float32 if train and not lora else None
+    model = Transformer.from_pretrained(cfg.model, dtype, ranks.device, weights, spread)
+    if lora:
+        model.init_lora(cfg.seed)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"{cfg.model}: the tokenizer has {tokenizer.vocab_size} ids, the embedding {model.config.vocab_size} rows; "
@@ -65,6 +82,29 @@ def load(cfg, ranks: Ranks, dtype: torch.dtype, train: bool = False) -> tuple[Tr
     model.vocab_size = tokenizer.vocab_size  # rows beyond it stand for nothing and are never sampled or scored
     model.checkpointing = train and cfg.checkpointing
     return model, tokenizer
+
+
+def load_frozen(cfg, ranks: Ranks, dtype: torch.dtype, model: Transformer) -> Transformer | Frozen:
+    """π_ref or π_base: the model of --model once more, or with --lora the policy `model` with its adapters off."""
+    return Frozen(model) if cfg.lora else load(cfg, ranks, dtype)[0]
+
+
+def roll_out_together(
+    ranks: Ranks, model: Transformer, tokenizer: Tokenizer, problems: Sequence[Problem],
+    known: Sequence[Rollout] = (), each: Callable[[Rollout], None] = lambda rollout: None, **settings,
+) -> list[Trajectory]:  # fmt: skip
+    """`roll_out`, each rank a part of the problems; every rank gets all trajectories, problem by problem.
+
+    `known` and `each` have rollouts whose `prompt` is the index into all problems.
+    """
+    mine = range(ranks.rank, len(problems), ranks.size)
+    found = roll_out(
+        model, tokenizer, [problems[i] for i in mine], streams=mine,
+        known=[replace(rollout, prompt=mine.index(rollout.prompt)) for rollout in known if rollout.prompt in mine],
+        each=lambda rollout: each(replace(rollout, prompt=mine[rollout.prompt])), **settings,
+    )  # fmt: skip
+    place = {problem.unique_id: i for i, problem in enumerate(problems)}
+    return sorted(ranks.gather(found), key=lambda t: (place[t.problem.unique_id], t.sample))
 
 
 class Sampler:
@@ -88,15 +128,14 @@ class Sampler:
         if self.copy is None:
             alone = self.ranks.size == 1 and self.model.embed.dtype == self.model.dtype
             self.copy = self.model if alone else Transformer(self.model.config, self.model.dtype, self.ranks.device)
+            if self.cfg.lora and not alone:
+                self.copy.add_lora(self.cfg.lora, self.cfg.lora_alpha)
         if self.copy is not self.model:
             self.copy.copy_from(self.model)
-        mine = range(self.ranks.rank, len(problems), self.ranks.size)
-        found = roll_out(
-            self.copy, self.tokenizer, [problems[i] for i in mine], streams=mine, seed=self.cfg.seed,
-            max_new_tokens=self.cfg.max_new_tokens, slots=self.cfg.slots, stop=lambda: self.stop.asked, **settings,
+        return roll_out_together(
+            self.ranks, self.copy, self.tokenizer, problems, seed=self.cfg.seed, slots=self.cfg.slots,
+            max_new_tokens=self.cfg.max_new_tokens, stop=lambda: self.stop.asked, **settings,
         )  # fmt: skip
-        place = {problem.unique_id: i for i, problem in enumerate(problems)}
-        return sorted(self.ranks.gather(found), key=lambda t: (place[t.problem.unique_id], t.sample))
 
     def evaluate(self, run: Run, step: int) -> None:
         """If --eval-every asks for it: greedy responses to --eval-data, and their metrics into eval.jsonl."""

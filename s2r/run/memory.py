@@ -18,6 +18,9 @@ larger of "rollout" and "update".
                              a·T·(L·D + one layer's)    with --checkpointing
               head           8·V·D + a slab of logits   the gradient of its matrix, twice
 
+With --lora, of A parameters, these lines become: weights (aP + 4A)/n, AdamW 8A/n, reference 0, sampler 0 if n = 1,
+gradients 4A/n, working copy 0 or a·(rest + 3·block), head a slab of logits.
+
 Not counted: torch and CUDA themselves, NCCL's buffers, the work of a single layer, the allocator's reserve.
 `tests/test_memory.py` compares the sum with peaks measured on a CPU, none on a GPU. Called by the training scripts.
 """
@@ -45,26 +48,28 @@ def parameters(c: ModelConfig) -> tuple[int, int, int]:
 
 def estimate(
     c: ModelConfig, *, ranks: int, itemsize: int, gpu: bool, tokens: int, checkpointing: bool, offload: bool,
-    reference: bool, slots: int = 0, capacity: int = 0,
+    reference: bool, slots: int = 0, capacity: int = 0, lora: int = 0,
 ) -> dict[str, dict[str, float]]:  # fmt: skip
     """Phase → part → bytes, as in the table above; `slots` rows of `capacity` tokens are sampled at once."""
     n, a, T, (P, block, rest) = ranks, itemsize, tokens, parameters(c)
-    L, D, H, G, E = c.num_layers, c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim
-    layer = 4 * D + 3 * (H + G) * E + 4 * c.intermediate_size
-    cast = a * P if a == 2 and not checkpointing else 0
+    L, D, H, G, E, F = c.num_layers, c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim, c.intermediate_size
+    layer = 4 * D + 3 * (H + G) * E + 4 * F
+    trained = L * lora * (4 * D + 2 * (H + G) * E + 3 * F) if lora else P  # in rows and columns of the four matrices
+    copy = slots and (n > 1 or (a == 2 and not lora))
+    cast = a * P if a == 2 and not checkpointing and not lora else 0
     return {
         "always": {
-            "weights": 4 * P / n,
-            "AdamW": 0 if offload else 8 * P / n,
-            "reference": a * P / n if reference else 0,
-            "sampler": a * P if slots and (n > 1 or a == 2) else 0,
+            "weights": (a * P * (lora > 0) + 4 * trained) / n,
+            "AdamW": 0 if offload else 8 * trained / n,
+            "reference": a * P / n if reference and not lora else 0,
+            "sampler": a * P if copy else 0,
         },
         "rollout": {"cache": a * 2 * L * G * E * slots * capacity},
         "update": {
-            "gradients": 4 * P / n,
-            "working copy": a * (2 * rest + 3 * block) if n > 1 else cast,
+            "gradients": 4 * trained / n,
+            "working copy": a * ((1 if lora else 2) * rest + 3 * block) if n > 1 else cast,
             "activations": a * T * (L * D + layer if checkpointing else L * layer),
-            "head": 8 * c.vocab_size * D + (SLAB_BYTES if gpu else 4 * CHUNK_ELEMENTS),
+            "head": 8 * c.vocab_size * D * (not lora) + (SLAB_BYTES if gpu else 4 * CHUNK_ELEMENTS),
         },
     }
 
@@ -91,7 +96,7 @@ def report(cfg, model, ranks, *, sequences: Sequence[list[int]] = (), prompts: S
     return text(estimate(
         c, ranks=ranks.spread, itemsize=model.dtype.itemsize, gpu=ranks.device.type == "cuda",
         tokens=min(max(cfg.tokens_per_microbatch, longest), rows * longest), checkpointing=cfg.checkpointing,
-        offload=cfg.offload, reference=reference, slots=slots, capacity=longest,
+        offload=cfg.offload, reference=reference, slots=slots, capacity=longest, lora=cfg.lora,
     ))  # fmt: skip
 
 
@@ -99,6 +104,7 @@ def report(cfg, model, ranks, *, sequences: Sequence[list[int]] = (), prompts: S
 class Config:
     model: str  # Hugging Face folder, of which config.json is read
     gpus: int = 1  # processes, one per GPU
+    lora: int = 0  # rank of LoRA, 0: all weights are trained
     checkpointing: bool = False  # recompute activations in the backward pass
     offload: bool = False  # keep the optimizer's state in CPU memory
     slots: int = 128  # rollouts sampled at a time on a GPU
@@ -115,6 +121,7 @@ def main(cfg: Config) -> None:
         print(f"{stage}:", text(estimate(
             c, ranks=cfg.gpus, itemsize=2, gpu=True, tokens=max(cfg.tokens_per_microbatch, longest),
             checkpointing=cfg.checkpointing, offload=cfg.offload, reference=True, slots=slots, capacity=longest,
+            lora=cfg.lora,
         )))  # fmt: skip
 
 

@@ -111,23 +111,25 @@ def as_self_check(reply: str) -> str:
 
 def local_model(cfg: Config, todo: Sequence[dict]) -> Verified:
     """A Hugging Face folder, through our own sampler. Raises ValueError as `pick` and `load` do."""
-    model, tokenizer = load(cfg, *pick(cfg))
+    ranks, dtype = pick(cfg)
+    model, tokenizer = load(cfg, ranks, dtype, whole=True)
     sampling = {"temperature": cfg.temperature, "max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed}
 
-    def replies(questions: Sequence[str], step: int) -> Iterator[tuple[int, str]]:
-        """(index, reply) of each question that leaves room in the context; a random stream per `step`."""
-        prompts = [tokenizer.chat([{"role": "user", "content": question}]) for question in questions]
-        fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < model.config.max_positions]
-        asked = [prompts[i] for i in fitting]
-        for i, rollout in zip(fitting, generate(model, asked, stop_ids=tokenizer.stop_ids, step=step, **sampling)):
+    def replies(questions: dict[int, str], step: int) -> Iterator[tuple[int, str]]:
+        """(key, reply) of each question that leaves room in the context; a random stream per `step` and key."""
+        prompts = {i: tokenizer.chat([{"role": "user", "content": question}]) for i, question in questions.items()}
+        asked = {i: prompt for i, prompt in prompts.items() if len(prompt) < model.config.max_positions}
+        options = {"stop_ids": tokenizer.stop_ids, "streams": list(asked), "step": step, **sampling}
+        for i, rollout in zip(asked, generate(model, list(asked.values()), **options)):
             yield i, tokenizer.decode(rollout.ids[:-1] if rollout.finished else rollout.ids)
 
     for first in range(0, len(todo), cfg.batch):
-        part = todo[first : first + cfg.batch]
-        questions = [CHECK.format(style=STYLES[cfg.style], **row) for row in part]
-        checked = [(part[i], text) for i, text in replies(questions, 2 * first)]
-        for i, text in replies([REWORD.format(check=text, **row) for row, text in checked], 2 * first + 1):
-            yield checked[i][0], text
+        part = dict(enumerate(todo[first : first + cfg.batch]))
+        questions = {i: CHECK.format(style=STYLES[cfg.style], **part[i]) for i in list(part)[ranks.rank :: ranks.size]}
+        checked = dict(replies(questions, 2 * first))
+        questions = {i: REWORD.format(check=text, **part[i]) for i, text in checked.items()}
+        for i, text in replies(questions, 2 * first + 1):
+            yield part[i], text
 
 
 def endpoint(cfg: Config, todo: Sequence[dict], key: str | None, *, timeout=120.0, retries=6, pause=1.0) -> Verified:
@@ -193,8 +195,9 @@ def main(cfg: Config) -> None:
     verified = local_model(cfg, todo) if cfg.model else endpoint(cfg, todo, os.environ.get(cfg.api_key_variable))
     written = 0
     for row, text in tqdm(verified, total=len(todo), unit=" answers", delay=1):  # no bar before an error about flags
-        with out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row | {"verification": as_self_check(text)}, ensure_ascii=False) + "\n")
+        line = json.dumps(row | {"verification": as_self_check(text)}, ensure_ascii=False) + "\n"
+        with out.open("ab", buffering=0) as file:  # one write for a line, so that ranks do not mix theirs
+            file.write(line.encode())
         written += 1
     print(f"{written:7,}  verifications written")
     if written < len(todo):
