@@ -1,10 +1,11 @@
-"""Verifications for stage 0, written by a language model: a local one, or one behind an endpoint (App. C.1).
+"""Verifications for stage 0, written by a language model, local or behind an endpoint (App. C.1), or by a rule.
 
     rollout file ─▶ distinct (problem, answer) ─▶ check the answer ─▶ reword as a self-check ─▶ verification file
 
     python -m s2r.stage0.verifications --rollouts R.jsonl --out V.jsonl --model DIR
     python -m s2r.stage0.verifications --rollouts R.jsonl --out V.jsonl \\
         --api-base http://localhost:8000/v1 --api-model NAME
+    python -m s2r.stage0.verifications --rollouts R.jsonl --out V.jsonl --by formula --data asdiv.jsonl
 
 The first prompt asks for a *confirmative* check, which tests the answer without solving the problem again.
 `--style solving` is the alternative that the paper rejects: solve again and compare. The second prompt asks for
@@ -30,12 +31,13 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from s2r.data import check_output, drop_torn_line
+from s2r.data import check_output, drop_torn_line, load_problems
 from s2r.generate import generate
 from s2r.grade import equivalent
 from s2r.grammar import VERDICT_SENTENCE, VERIFY_OPENING, cut
 from s2r.run.flags import check, start
 from s2r.run.loop import load, pick
+from s2r.stage0 import formula
 from s2r.stage0.build import by_problem, distinct, load_verifications, read_rollouts, usable_answer
 
 
@@ -47,6 +49,8 @@ class Config:
     api_base: str = ""  # instead of --model: address of an OpenAI-compatible endpoint, up to /v1
     api_model: str = ""  # name of the model at the endpoint
     api_key_variable: str = "OPENAI_API_KEY"  # environment variable that holds the key of the endpoint
+    by: Literal["model", "formula"] = "model"  # who checks; formula: the rule of s2r/stage0/formula.py
+    data: str = ""  # problem file with the formulas, for --by formula
     style: Literal["confirmative", "solving"] = "confirmative"  # of the checks
     temperature: float = 0.7  # of the sampling
     max_new_tokens: int = 1024  # tokens, the longest reply
@@ -132,6 +136,15 @@ def local_model(cfg: Config, todo: Sequence[dict]) -> Verified:
             yield part[i], text
 
 
+def rule(cfg: Config, todo: Sequence[dict]) -> Verified:
+    """The formulas of --data, undone. Raises ValueError as `load_problems` does."""
+    problems = {problem.unique_id: problem for problem in load_problems(cfg.data)}
+    for row in todo:
+        problem = problems.get(row["unique_id"])
+        if problem and (text := formula.verify(problem, row["answer"])):
+            yield row, text
+
+
 def endpoint(cfg: Config, todo: Sequence[dict], key: str | None, *, timeout=120.0, retries=6, pause=1.0) -> Verified:
     """An OpenAI-compatible endpoint, AT_ONCE answers at a time; `timeout` and `pause` in seconds.
 
@@ -178,8 +191,9 @@ def endpoint(cfg: Config, todo: Sequence[dict], key: str | None, *, timeout=120.
 
 def main(cfg: Config) -> None:
     check(cfg, "max_new_tokens", "batch")
-    if bool(cfg.model) == bool(cfg.api_base) or bool(cfg.api_base) != bool(cfg.api_model):
-        raise ValueError("give --model, or --api-base with --api-model")
+    given = [bool(cfg.model), bool(cfg.api_base), cfg.by == "formula"]
+    if sum(given) != 1 or bool(cfg.api_base) != bool(cfg.api_model) or given[2] != bool(cfg.data):
+        raise ValueError("give --model, or --api-base with --api-model, or --by formula with --data")
     check_output(cfg.out)
     rows, out = wanted(read_rollouts(cfg.rollouts)), Path(cfg.out)
     before = load_verifications(cfg.out) if out.exists() and drop_torn_line(out) else {}
@@ -192,7 +206,10 @@ def main(cfg: Config) -> None:
         )
     if not todo:
         return
-    verified = local_model(cfg, todo) if cfg.model else endpoint(cfg, todo, os.environ.get(cfg.api_key_variable))
+    if cfg.by == "formula":
+        verified = rule(cfg, todo)
+    else:
+        verified = local_model(cfg, todo) if cfg.model else endpoint(cfg, todo, os.environ.get(cfg.api_key_variable))
     written = 0
     for row, text in tqdm(verified, total=len(todo), unit=" answers", delay=1):  # no bar before an error about flags
         line = json.dumps(row | {"verification": as_self_check(text)}, ensure_ascii=False) + "\n"
@@ -201,7 +218,8 @@ def main(cfg: Config) -> None:
         written += 1
     print(f"{written:7,}  verifications written")
     if written < len(todo):
-        print(f"{len(todo) - written:7,}  without a reply; run the same command to ask again")
+        why = "that the rule cannot check" if cfg.by == "formula" else "without a reply; run the same command to ask again"
+        print(f"{len(todo) - written:7,}  {why}")
 
 
 if __name__ == "__main__":
