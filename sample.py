@@ -60,7 +60,7 @@ def main(cfg: Config) -> None:
     options = {"known": journal.known, "each": journal.add, "progress": not cfg.ask and not ranks.rank}
     start = time.perf_counter()
     trajectories = loop.roll_out_together(
-        ranks, model, tokenizer, problems, prefill_tokens=cfg.tokens_per_microbatch, **settings, **options
+        ranks, model, tokenizer, problems, prefill_tokens=cfg.tokens_per_microbatch, to_first=True, **settings, **options
     )
     seconds = time.perf_counter() - start
     if ranks.rank:

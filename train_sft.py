@@ -47,7 +47,7 @@ class Config:
     resume: bool = False  # continue the run in --out; start it if there is none
     tensorboard: bool = False  # write the log for TensorBoard too
     lora: int = 0  # rank of the adapters that are trained in place of the weights (LoRA); 0: train the weights
-    lora_alpha: float = 32.0  # α of LoRA: adapters count α/rank
+    lora_alpha: float = 32.0  # α of LoRA: adapters are multiplied by α/rank
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
     offload: bool = False  # keep the optimizer's state in CPU memory: 8 bytes per parameter less on the GPU, slower
     tokens_per_microbatch: int = 8192  # tokens run through the model at a time; changes memory, not the gradient

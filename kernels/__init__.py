@@ -2,6 +2,8 @@
 
     attention.py  causal attention over packed sequences, and over the sampler's cache
     logprob.py    log p of given tokens without ever holding the (T, V) logits
+    sampling.py   one token per row from the logits, with its log-probability
+    elementwise.py  rotary embedding and SwiGLU in one pass each
     linear.py     matrix products with few rows, for decoding on a CPU
 
 Nothing here knows of S²R. Dimension letters are those of `s2r/__init__.py`.

@@ -269,8 +269,8 @@ def _tiles(E: int, dtype: torch.dtype) -> tuple[int, dict[str, tuple[int, int, i
 
     A tile of queries stays while tiles of keys stream by (in `dk, dv` the other way round). The larger it is, the
     fewer times k and v are read; its accumulators, (BLOCK_Q, BLOCK_E) fp32, have to stay in registers. `forward` and
-    `dq` need BLOCK_Q, `dk, dv` needs BLOCK_K to be a multiple of the other. E = 64 and 128 in 16 bits: the fastest of
-    six or seven choices each on an H200 (docs/gpu.md).
+    `dq` need BLOCK_Q, `dk, dv` needs BLOCK_K to be a multiple of the other. Those for E = 64 and 128 in 16 bits were
+    chosen by measurement on an H200 (docs/gpu.md).
     """
     BLOCK_E = max(16, triton.next_power_of_2(E))
     if dtype == torch.float32:  # a dot is three TF32 dots here, and twice the bytes: for tests and debugging

@@ -3,9 +3,9 @@
     masses e^(z−m)    0.2   1.0   0.1   0.7        sum 2.0
     cumulative        0.2   1.2   1.3   2.0        u = 0.62 of 2.0 is 1.24: the third token
 
-In PyTorch this takes seven passes over the (S, V) logits. The Triton kernels take one and a bit: the first cuts each row
-into chunks and keeps, per chunk, the maximum and the sum of e^(z−maximum); the second finds the chunk in which u falls
-from these few numbers, and reads only that chunk again. Called by `s2r/generate.py`.
+In PyTorch this takes seven passes over the (S, V) logits. The Triton kernels take one pass. The first cuts each row into
+chunks and keeps, per chunk, the maximum and the sum of e^(z−maximum). The second finds the chunk in which u falls from
+these few numbers, and reads only that chunk again. Called by `s2r/generate.py`.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ def _choose_kernel(
     c = tl.arange(0, BLOCK)
     m = tl.load(largest + row * chunks + c, mask=c < chunks, other=-float("inf"))  # (BLOCK,)
     top = tl.max(m, 0)
-    share = tl.load(mass + row * chunks + c, mask=c < chunks, other=0.0) * tl.exp2((m - top) * scale)
-    total = tl.sum(share, 0)
+    inside = tl.load(mass + row * chunks + c, mask=c < chunks, other=0.0) * tl.exp2((m - top) * scale)
+    total = tl.sum(inside, 0)
     wanted = tl.load(uniform + row) * total
-    before = tl.cumsum(share, 0) - share  # the mass in front of each chunk
+    before = tl.cumsum(inside, 0) - inside  # the mass in front of each chunk
     if GREEDY:
         chunk = tl.min(tl.where(m == top, c, BLOCK), 0)
     else:
-        chunk = tl.max(tl.where((before <= wanted) & (share > 0), c, 0), 0)
+        chunk = tl.max(tl.where((before <= wanted) & (inside > 0), c, 0), 0)
     rest = wanted - tl.sum(tl.where(c == chunk, before, 0.0), 0)  # how far into the chunk
     v = tl.arange(0, CHUNK)
     z = tl.load(logits + row * stride + chunk * CHUNK + v, mask=chunk * CHUNK + v < V, other=-float("inf"))
@@ -69,6 +69,7 @@ def _choose_kernel(
     else:  # the first whose cumulative mass is above; if rounding leaves none, the last with any mass
         above = tl.min(tl.where(tl.cumsum(e, 0) > rest, v, CHUNK), 0)
         place = tl.minimum(above, tl.max(tl.where(e > 0, v, 0), 0))
+    place = tl.minimum(place, V - 1 - chunk * CHUNK)  # NaN logits find no place: still a token of the vocabulary
     chosen = tl.sum(tl.where(v == place, z, 0.0), 0)
     tl.store(token + row, (chunk * CHUNK + place).to(tl.int64))
     tl.store(logp + row, (chosen * scale - tl.log2(total)) * 0.6931471805599453)  # times ln 2

@@ -11,7 +11,7 @@ Dimension letters, the same in every file:
     B  trajectories per update (rl.py)
     V  vocabulary                      C  cache capacity in tokens
 
-Importing this package before torch also settles how torch's threads wait for one another, and how it allocates on a GPU.
+Importing this package before torch also settles how torch's threads wait for one another and how it allocates on a GPU.
 """
 
 import os

@@ -134,6 +134,7 @@ class _Rows:
         cache = self.cache
         for at, (slot, (i, j), stream) in enumerate(zip(slots, jobs, streams)):
             if i not in self.prefix:
+                self.prefix = k = v = None  # the memory of the prompts before
                 self.prefix = self._prefill(following for following, _ in chain(jobs[at:], waiting))
             prompt, (k, v) = self.prompts[i], self.prefix[i]
             t = len(prompt) - 1  # the prompt's last token is the row's first input

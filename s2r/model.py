@@ -182,7 +182,7 @@ class Transformer(nn.Module):
         return weight[: self.vocab_size].to(self.dtype)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (T, V) of hidden states (T, D); fp32 for the sampler on a GPU, because the trainer's are fp32 there."""
+        """Logits (T, V) of hidden states (T, D); for the sampler on a GPU in fp32, as the trainer's are there."""
         if hidden.is_cuda and hidden.dtype != torch.float32 and not torch.is_grad_enabled():
             weight = self.embed if self.head is None else self.head  # all rows: an odd number of columns is slow
             return torch.mm(hidden, weight.to(self.dtype).T, out_dtype=torch.float32)[:, : self.vocab_size]
@@ -222,7 +222,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_lora(self, seed: int) -> None:
-        """A uniform in ±1/√d_in, as in PEFT, and B zero: the model is still the base. The same on any number of ranks."""
+        """A uniform in ±1/√d_in, as in PEFT, and B zero: still the base. The same values on any number of ranks."""
         generator = torch.Generator().manual_seed(seed)
         for lora in self.adapters():
             A = (torch.rand(lora.A.shape, generator=generator) * 2 - 1) / math.sqrt(lora.A.shape[1])
@@ -274,6 +274,7 @@ class Frozen:
     def __init__(self, model: Transformer):
         self.model = model
 
+    @torch.no_grad()
     def __call__(self, ids: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         adapters = self.model.adapters()
         try:
@@ -285,6 +286,8 @@ class Frozen:
                 lora.on = True
 
     def __getattr__(self, name: str):
+        if name == "model":  # not there yet: a copy that is being made
+            raise AttributeError(name)
         return getattr(self.model, name)
 
 

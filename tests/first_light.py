@@ -1,4 +1,4 @@
-"""Everything that only a GPU can tell, in parts of one to five minutes each, as one Markdown page.
+"""Everything that only a GPU can tell, in parts of half a minute to five minutes each, as one Markdown page.
 
     python tests/first_light.py --out DIR                            all parts; DIR/gpu.md is the page
     python tests/first_light.py --parts tests,sampler --out DIR      the parts that are named; the page keeps the others
@@ -79,7 +79,7 @@ def shape(name: str, small: bool) -> ModelConfig:
 def model(name: str, small: bool, param_dtype: torch.dtype | None = None) -> Transformer:
     found = Transformer(shape(name, small), DTYPE, DEVICE, param_dtype)
     found.init_weights(0)
-    found.vocab_size -= 271 * (not small)  # 151,665, as Qwen's tokenizer has
+    found.vocab_size -= 271 * (not small)  # an odd number, as Qwen's tokenizer has
     return found
 
 
@@ -139,7 +139,7 @@ def bf16_logits(self: Transformer, hidden: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.linear(hidden, self.head_weight)
 
 
-# What a mend replaced: name, where it is looked up, its name there, the plain version.
+# What a change replaced: name, where it is looked up, its name there, the plain version.
 PLAIN = [
     ("fp32 logits of all rows", Transformer, "logits", bf16_logits),
     ("the sampling kernel", sampler, "sample", sampling.sample_torch),
@@ -413,7 +413,7 @@ def part_bench(small: bool) -> list[Row]:
 
 
 def part_sanitizer(small: bool) -> list[Row]:
-    """compute-sanitizer over a few tests of each kernel."""
+    """compute-sanitizer over one test of the attention kernels."""
     tool = shutil.which("compute-sanitizer")
     if not (CUDA and tool):
         return [("compute-sanitizer", "not here", "")]

@@ -13,8 +13,9 @@ from s2r.stage0 import formula, verifications
 ASDIV = ROOT.parent / "shared" / "data" / "asdiv.jsonl"
 
 
-def problem(text: str, answer: str = "0") -> Problem:
-    return Problem("How many?", answer, "p", formula=text)
+def problem(text: str, answer: str | None = None) -> Problem:
+    """A problem that says the numbers of its formula, and whose gold answer is the formula's."""
+    return Problem(f"How many? {text.partition('=')[0]}", answer or text.rpartition("=")[2] or "0", "p", formula=text)
 
 
 def said(text: str, answer: str) -> tuple[str, str]:
@@ -56,18 +57,30 @@ def test_verify_undoes_the_formula(text, answer, steps, verdict):
 @pytest.mark.parametrize("text", [
     "", "47/6=7 r5", "15:18=5:6", "GCD(16,12)=4", "LCM[12,15]=60", "8, 16, 24", "7+2=10", "1/0=0", "0/0=0", "5=5", "-3+5=2",
     "x=3", "2**9=512", "2**999999999=1", "9//2=4", "(((((1+1=2", "1+1", "=2", "07+2=9", "7+2=9;", "1e3+1=1001",
-    "__import__('os').system('x')=0", "9" * 10**6 + "+1=2", "(" * 5000 + "1" + ")" * 5000 + "=1", "1+" * 40 + "1=41" * 2])  # fmt: skip
+    "__import__('os').system('x')=0", "9" * 10**6 + "+1=2", "(" * 5000 + "1" + ")" * 5000 + "=1", "1+" * 40 + "1=41" * 2,
+    ";".join(f"{2**i}+{2**i}={2 ** (i + 1)}" for i in range(40))])  # fmt: skip
 def test_what_cannot_be_undone_has_no_check_and_no_solution(text):
     assert formula.verify(problem(text), "4") is None and formula.solution(problem(text, "4")) is None
 
 
-@pytest.mark.parametrize("answer", ["", "four", "4 or 5", "-3", "1/2", r"\frac12", "9" * 10**6, "4; 5", "nan", "١"])
+@pytest.mark.parametrize("answer", ["", "four", "4 or 5", "-3", "1/2", r"\frac12", "9" * 10**6, "4; 5", "nan", "١", "3,4", "1.23456"])
 def test_an_answer_that_is_no_plain_number_has_no_check(answer):
     assert formula.verify(problem("7+2=9"), answer) is None
 
 
 def test_a_check_that_rounding_would_make_untrue_is_not_given():
     assert formula.verify(problem("(10/3)*3=10"), "10") is None  # 10 ÷ 3 does not come out even, and 10 is right
+
+
+def test_a_formula_that_does_not_give_the_gold_answer_has_no_check():
+    assert formula.verify(problem("7+2=9", "10"), "10") is None and formula.verify(problem("7+2=9", "10"), "9") is None
+
+
+def test_a_number_that_the_problem_does_not_say_in_digits_is_not_said_to_be_there():
+    words = Problem("Seven and two?", "9", "p", formula="7+2=9")
+    assert "9 − 2 = 7, and it should be 7. Therefore" in formula.verify(words, "9")
+    assert "the problem says" in formula.verify(Problem("7.0 and 7, and 2?", "9", "p", formula="7+2=9"), "9")
+    assert "it should be" in formula.verify(Problem("70 and 2?", "9", "p", formula="7+2=9"), "9")
 
 
 def test_solution_shows_the_steps_and_the_gold_answer_only():
@@ -84,16 +97,17 @@ def test_number_writes_at_most_four_decimals():
 def test_verifications_by_formula_are_a_file_that_build_reads(tmp_path, capsys):
     write_jsonl(tmp_path / "p.jsonl", [
         {"unique_id": "a", "problem": "A?", "answer": "9", "formula": "7+2=9"},
-        {"unique_id": "b", "problem": "B?", "answer": "5", "formula": "47/6=7 r5"}])  # fmt: skip
+        {"unique_id": "b", "problem": "B?", "answer": "5", "formula": "47/6=7 r5"},
+        {"unique_id": "c", "problem": "another C?", "answer": "9", "formula": "7+2=9"}])  # fmt: skip
     write_jsonl(tmp_path / "r.jsonl", [
         {"unique_id": id, "problem": f"{id.upper()}?", "answer": gold, "finished": True, "text": rf"It is \boxed{{{answer}}}."}
-        for id, gold, answer in (("a", "9", "9"), ("a", "9", "8"), ("b", "5", "5"))])  # fmt: skip
+        for id, gold, answer in (("a", "9", "9"), ("a", "9", "8"), ("b", "5", "5"), ("c", "9", "9"))])  # fmt: skip
     files = {"rollouts": str(tmp_path / "r.jsonl"), "out": str(tmp_path / "v.jsonl")}
     verifications.main(verifications.Config(**files, by="formula", data=str(tmp_path / "p.jsonl")))
     rows = read_jsonl(tmp_path / "v.jsonl")
     assert [(row["answer"], parse_verdict(row["verification"])) for row in rows] == [("9", "correct"), ("8", "incorrect")]
     out = capsys.readouterr().out
-    assert "2  verifications written" in out and "1  that the rule cannot check" in out
+    assert "2  verifications written" in out and "2  that the rule cannot check" in out
     for wrong in ({"by": "formula"}, {"data": "x"}, {"by": "formula", "data": "x", "model": "m"}, {}):
         with pytest.raises(ValueError, match="give --model, or --api-base with --api-model, or --by formula with --data"):
             verifications.main(verifications.Config(**files, **wrong))
@@ -111,5 +125,3 @@ def test_every_problem_of_asdiv_that_is_kept_has_a_true_check_of_right_and_wrong
             check = formula.verify(p, wrong)
             assert check is None or parse_verdict(check) == "incorrect", (p, check)
         assert equivalent(extract_answer(p.solution), p.answer)
-
-

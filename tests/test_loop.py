@@ -344,8 +344,8 @@ def test_stop_under_torchrun_takes_any_number_of_signals(handlers):
 
 @pytest.mark.parametrize(("script", "less"), [
     (sample, "a lower --tokens-per-microbatch, a lower --slots\n"),
-    (train_sft, "a lower --tokens-per-microbatch, a lower --slots, --checkpointing, --offload\n"),
-    (train_rl, "a lower --tokens-per-microbatch, a lower --slots, --checkpointing, --offload\n"),
+    (train_sft, "a lower --tokens-per-microbatch, a lower --slots, --checkpointing, --lora, --offload\n"),
+    (train_rl, "a lower --tokens-per-microbatch, a lower --slots, --checkpointing, --lora, --offload\n"),
 ])
 @pytest.mark.parametrize("how", ["gpu", "torch", "python"])
 def test_out_of_memory_names_the_flags_that_help(how, script, less, monkeypatch, capsys):

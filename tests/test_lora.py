@@ -1,6 +1,8 @@
 """LoRA: the written-out sum, base and merged weights, PEFT's files, and runs of the scripts with it."""
 
+import copy
 import math
+import os
 import shutil
 
 import pytest
@@ -9,6 +11,7 @@ from safetensors.torch import load_file
 from test_model import save
 from test_scripts import RL, SFT, log
 
+import sample
 import train_rl
 import train_sft
 from kernels.logprob import token_logp
@@ -203,6 +206,41 @@ def test_a_resumed_run_ends_with_the_same_bits(stage, change, world, tmp_path):
     whole, halves = (digest(tmp_path / name) for name in ("whole", "halves"))
     for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
         assert whole[name] == halves[name]
+
+
+def test_resume_refuses_another_base(world, tmp_path):
+    shutil.copytree(world / "taught", tmp_path / "base", ignore=shutil.ignore_patterns("step-*", "*.json[l]", "run.json"))
+    settings = {"model": str(tmp_path / "base"), "steps": 1}
+    run(world, "rl", tmp_path / "out", **settings)
+    os.utime(tmp_path / "base" / "model.safetensors")
+    with pytest.raises(ValueError, match="--weights-changed was .*; resume with the same settings"):
+        run(world, "rl", tmp_path / "out", **settings | {"steps": 2, "resume": True})
+
+
+@pytest.mark.parametrize("change", [{"offload": True}, {"kl": 0.0}, {"checkpointing": True}], ids=str)
+def test_sft_options_do_with_lora_what_they_do_without(change, world, tmp_path):
+    """Offloading and recomputing change no bit; without the KL there is no base to run."""
+    run(world, "sft", tmp_path / "out", epochs=1, **change)
+    if "kl" in change:
+        assert all(row["kl"] == 0 for row in log(tmp_path / "out"))
+    else:
+        run(world, "sft", tmp_path / "plain", epochs=1)
+        found, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "plain"))
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_offline_rl_with_lora_learns_from_recorded_rollouts(world, tmp_path):
+    sample.main(sample.Config(model=str(world / "taught"), data=str(world / "p.jsonl"), n=4, temperature=0.7,
+                              max_new_tokens=60, out=str(tmp_path / "r.jsonl"), device="cpu"))  # fmt: skip
+    few = {"problems": 2, "rollouts": 2, "updates": 1}
+    run(world, "rl", tmp_path / "out", data="", offline=str(tmp_path / "r.jsonl"), steps=3, beta=0.1, **few)
+    rows = log(tmp_path / "out")
+    assert any(row["grad_norm"] > 0 for row in rows) and all(row["gap"] < 1e-5 for row in rows)
+
+
+def test_a_frozen_model_can_be_copied_and_has_no_gradient(base):
+    frozen = copy.deepcopy(Frozen(adapted(base)))
+    assert not frozen(IDS, BORDERS).requires_grad and frozen.dtype == torch.float32
 
 
 def test_rl_with_lora_moves_the_policy_and_its_gap_is_rounding(world, tmp_path):

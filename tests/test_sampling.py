@@ -58,6 +58,13 @@ def test_the_first_of_equal_logits_is_the_argmax(monkeypatch):
     assert sample_triton(logits, torch.zeros(1, 1), 0.0)[0].item() == 21
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+def test_a_broken_row_still_gives_a_token_of_the_vocabulary(value, temperature):
+    token, _ = sample_triton(torch.full((2, 100), value), torch.tensor([[0.0], [0.9]]), temperature)
+    assert ((0 <= token) & (token < 100)).all()
+
+
 def test_rows_may_be_slices_of_longer_ones_and_of_any_dtype():
     logits = torch.randn(6, 400).bfloat16()
     uniform = torch.rand(6, 1)

@@ -42,9 +42,10 @@ def save(model, folder: Path) -> None:
             found[f"{where}.lora_B.weight"] = module.lora.B[start:end]
     copies = {name: x.detach().to("cpu", copy=True).contiguous() for name, x in found.items()}
     save_file(copies, folder / "adapter_model.safetensors", {"format": "pt"})
-    rank, scale = module.lora.A.shape[0], module.lora.scale
+    lora = model.blocks[0].down.lora
+    rank = lora.A.shape[0]
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": scale * rank, "lora_dropout": 0.0,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": lora.scale * rank, "lora_dropout": 0.0,
         "bias": "none", "target_modules": sorted({name.split(".")[-3] for name in found}), "inference_mode": True,
         "base_model_name_or_path": None,
     }  # fmt: skip

@@ -62,6 +62,8 @@ class Run:
         before = json.loads(file.read_text()) if file.exists() else {}
         now = {name: value for name, value in dataclasses.asdict(cfg).items() if name != "resume"}
         now["data_sha256"] = hashlib.sha256(Path(data).read_bytes()).hexdigest()
+        if cfg.lora:  # checkpoints hold the adapters alone: the base has to stay what it was
+            now["weights_changed"] = max(file.stat().st_mtime for file in Path(cfg.model).glob("*.safetensors"))
         for name, value in before.items():
             if name == "data_sha256" and value != now[name]:
                 raise ValueError(f"{data} is not what {self.folder} learnt from; give that or take another --out")
@@ -136,12 +138,13 @@ class Run:
         """step-N as a whole or not at all, then the links to it, then away with those that are too old."""
         step = state["step"]
         if self.ranks.size > 1:
-            whole = Transformer(model.config, model.dtype)
-            if self.cfg.lora:
+            if self.cfg.lora:  # the checkpoint has the adapters alone
                 whole = Transformer.from_pretrained(self.cfg.model, model.dtype)
                 whole.add_lora(self.cfg.lora, self.cfg.lora_alpha)
+            else:
+                whole = Transformer(model.config, model.dtype)
+            whole.load_state_dict(state["model"], strict=not self.cfg.lora)
             model = whole
-            model.load_state_dict(state["model"], strict=not self.cfg.lora)
         scratch, checkpoint = self.folder / "saving.tmp", self.folder / f"step-{step}"
         try:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -240,11 +243,12 @@ class Run:
 
 
 def to_host(state: dict, kept: dict) -> None:
-    """Copy one parameter's optimizer state into CPU memory: into the tensors of `kept`, or into new, pinned ones."""
+    """Copy one parameter's optimizer state into CPU memory: into the tensors of `kept`, or into new ones.
+
+    They are not pinned: torch rounds a pinned block up to a power of two, which nearly doubles the moments of 7B.
+    """
     for name, x in state.items():
-        if name not in kept:
-            kept[name] = torch.empty_like(x, device="cpu", pin_memory=x.is_cuda)
-        state[name] = kept[name].copy_(x)
+        state[name] = kept[name].copy_(x) if name in kept else x.to("cpu")
 
 
 @contextmanager

@@ -93,7 +93,7 @@ def start(main: Callable, config: type) -> None:
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in said:
             raise
         less = [f"a lower --{n.replace('_', '-')}" for n in ("tokens_per_microbatch", "slots") if hasattr(config, n)]
-        less += [f"--{n}" for n in ("checkpointing", "offload") if hasattr(config, n)]
+        less += [f"--{n}" for n in ("checkpointing", "lora", "offload") if hasattr(config, n)]
         print(f"error: out of memory ({said}); what takes less: {', '.join(less)}", file=sys.stderr)
         sys.exit(2)
     if dist.is_initialized():

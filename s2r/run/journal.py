@@ -1,9 +1,11 @@
 """The rollouts of a run of sample.py as they end, so that a run that was killed can continue.
 
     OUT.begun     first line: the run's settings; then one line per finished rollout
-    OUT           the rollout file, written at the end, when OUT.begun is deleted
+    OUT.begun-1   lines of the second process, if there are several; OUT.begun-2, …
+    OUT           the rollout file, written at the end, when the others are deleted
 """
 
+import glob
 import json
 import zlib
 from collections.abc import Sequence
@@ -19,35 +21,47 @@ class Journal:
     """`known`: the rollouts of the run that was killed; `add`: write one more. Without --out it does nothing."""
 
     def __init__(self, cfg, problems: Sequence[Problem], ranks: Ranks, dtype) -> None:
-        """All ranks add to the same file. Opens `cfg.out`.begun. Raises ValueError when it belongs to another model, data set or setting."""
-        self.path, self.known = Path(f"{cfg.out}.begun") if cfg.out else None, []
+        """Opens `cfg.out`.begun. Raises ValueError when it belongs to another model, data set or setting.
+
+        The first rank reads what all ranks of the run before wrote, on any number of them, and tells the others.
+        """
+        self.path, self.known = Path(f"{cfg.out}.begun{f'-{ranks.rank}' * (ranks.rank > 0)}") if cfg.out else None, []
         if not cfg.out:
             return
         check_output(self.path)
-        self.settings = {name: getattr(cfg, name) for name in ("n", "temperature", "max_new_tokens", "seed")}
+        self.known = ranks.gather([] if ranks.rank else self._read(cfg, problems, dtype))
+        if not self.known and ranks.rank:
+            self.path.unlink(missing_ok=True)  # of an older run
+
+    def _read(self, cfg, problems: Sequence[Problem], dtype) -> list[Rollout]:
+        settings = {name: getattr(cfg, name) for name in ("n", "temperature", "max_new_tokens", "seed")}
         changed = max(file.stat().st_mtime for file in Path(cfg.model).glob("*.safetensors"))
-        self.settings["model"] = f"{cfg.model}, weights of {changed}"
-        self.settings["data"] = f"{cfg.data or cfg.ask}, checksum {zlib.crc32(repr(problems).encode()):08x}"
-        self.settings["dtype"] = str(dtype)
-        if not ranks.rank and not (self.path.exists() and drop_torn_line(self.path)):
-            self.path.write_text(json.dumps(self.settings) + "\n")
-        ranks.sum([0.0])  # the others wait for the first
-        if self.path.exists():
-            begun, *rows = read_jsonl(self.path)
-            for name, value in self.settings.items():
-                if begun.get(name) != value:
-                    was = f"rollouts of a run that was cut short, with --{name.replace('_', '-')} {begun.get(name)}"
-                    raise ValueError(f"{self.path} holds {was}; give the same flags to continue it, or delete it")
-            self.known = [Rollout(**row) for row in rows]
-            if rows and not ranks.rank:
-                print(f"continuing a run that was cut short: {len(self.known):,} rollouts are there")
+        settings["model"] = f"{cfg.model}, weights of {changed}"
+        settings["data"] = f"{cfg.data or cfg.ask}, checksum {zlib.crc32(repr(problems).encode()):08x}"
+        settings["dtype"] = str(dtype)
+        parts = sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}-*"))
+        if not (self.path.exists() and drop_torn_line(self.path)):
+            for part in parts:
+                part.unlink()
+            self.path.write_text(json.dumps(settings) + "\n")
+            return []
+        begun, *rows = read_jsonl(self.path)
+        for name, value in settings.items():
+            if begun.get(name) != value:
+                was = f"rollouts of a run that was cut short, with --{name.replace('_', '-')} {begun.get(name)}"
+                raise ValueError(f"{self.path} holds {was}; give the same flags to continue it, or delete it")
+        rows += [row for part in parts if drop_torn_line(part) for row in read_jsonl(part)]
+        if rows:
+            print(f"continuing a run that was cut short: {len(rows):,} rollouts are there")
+        return [Rollout(**row) for row in rows]
 
     def add(self, rollout: Rollout) -> None:
         """Write a rollout that has ended."""
         if self.path:
-            with self.path.open("ab", buffering=0) as file:  # one write for a line, so that ranks do not mix theirs
-                file.write((json.dumps(asdict(rollout)) + "\n").encode())
+            with self.path.open("a") as file:
+                file.write(json.dumps(asdict(rollout)) + "\n")
 
     def remove(self) -> None:
-        """Delete the file, once the rollout file is written."""
-        self.path.unlink(missing_ok=True)
+        """Delete the files, once the rollout file is written."""
+        for file in (self.path, *self.path.parent.glob(f"{glob.escape(self.path.name)}-*")):
+            file.unlink(missing_ok=True)

@@ -91,9 +91,12 @@ def load_frozen(cfg, ranks: Ranks, dtype: torch.dtype, model: Transformer) -> Tr
 
 def roll_out_together(
     ranks: Ranks, model: Transformer, tokenizer: Tokenizer, problems: Sequence[Problem],
-    known: Sequence[Rollout] = (), each: Callable[[Rollout], None] = lambda rollout: None, **settings,
+    known: Sequence[Rollout] = (), each: Callable[[Rollout], None] = lambda rollout: None, to_first: bool = False,
+    **settings,
 ) -> list[Trajectory]:  # fmt: skip
     """`roll_out`, each rank a part of the problems; every rank gets all trajectories, problem by problem.
+
+    `to_first`: only the first rank gets them, the others nothing.
 
     `known` and `each` have rollouts whose `prompt` is the index into all problems.
     """
@@ -104,7 +107,7 @@ def roll_out_together(
         each=lambda rollout: each(replace(rollout, prompt=mine[rollout.prompt])), **settings,
     )  # fmt: skip
     place = {problem.unique_id: i for i, problem in enumerate(problems)}
-    return sorted(ranks.gather(found), key=lambda t: (place[t.problem.unique_id], t.sample))
+    return sorted(ranks.gather(found, to_first), key=lambda t: (place[t.problem.unique_id], t.sample))
 
 
 class Sampler:
@@ -134,7 +137,8 @@ class Sampler:
             self.copy.copy_from(self.model)
         return roll_out_together(
             self.ranks, self.copy, self.tokenizer, problems, seed=self.cfg.seed, slots=self.cfg.slots,
-            max_new_tokens=self.cfg.max_new_tokens, stop=lambda: self.stop.asked, **settings,
+            max_new_tokens=self.cfg.max_new_tokens, prefill_tokens=self.cfg.tokens_per_microbatch,
+            stop=lambda: self.stop.asked, **settings,
         )  # fmt: skip
 
     def evaluate(self, run: Run, step: int) -> None:

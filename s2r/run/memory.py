@@ -13,8 +13,8 @@ larger of "rollout" and "update".
     rollout   cache          a·2·L·G·E per token        of --slots rows, each with prompt and response
     update    gradients      4P/n                       fp32
               working copy   aP                         0 in fp32 or with --checkpointing
-                             a·(2·rest + 3·block)       n > 1: rest with its gradients, three blocks
-              activations    a·T·L·(4D + 3(H+G)E + 4F)  norms, q, k, v and attention, SwiGLU
+                             a·(2·rest + 3·block)       n > 1: rest with its gradients (SFT: and π_base's), three blocks
+              activations    a·T·L·(4D + 3(H+G)E + 4F)  norms, q, k, v and attention, SwiGLU (3F on a GPU)
                              a·T·(L·D + one layer's)    with --checkpointing
               head           8·V·D + a slab of logits   the gradient of its matrix, twice
 
@@ -22,7 +22,8 @@ With --lora, of A parameters, these lines become: weights (aP + 4A)/n, AdamW 8A/
 gradients 4A/n, working copy 0 or a·(rest + 3·block), head a slab of logits.
 
 Not counted: torch and CUDA themselves, NCCL's buffers, the work of a single layer, the allocator's reserve.
-`tests/test_memory.py` compares the sum with peaks measured on a CPU, none on a GPU. Called by the training scripts.
+`tests/test_memory.py` compares the sum with peaks measured on a CPU, docs/gpu.md with one on a GPU. Called by the training
+scripts.
 """
 
 import math
@@ -53,8 +54,9 @@ def estimate(
     """Phase → part → bytes, as in the table above; `slots` rows of `capacity` tokens are sampled at once."""
     n, a, T, (P, block, rest) = ranks, itemsize, tokens, parameters(c)
     L, D, H, G, E, F = c.num_layers, c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim, c.intermediate_size
-    layer = 4 * D + 3 * (H + G) * E + 4 * F
+    layer = 4 * D + 3 * (H + G) * E + (3 if gpu else 4) * F
     trained = L * lora * (4 * D + 2 * (H + G) * E + 3 * F) if lora else P  # in rows and columns of the four matrices
+    rests = 1 if lora else 3 if reference and not slots else 2  # SFT's KL reads the base's head in the backward pass
     copy = slots and (n > 1 or (a == 2 and not lora))
     cast = a * P if a == 2 and not checkpointing and not lora else 0
     return {
@@ -67,7 +69,7 @@ def estimate(
         "rollout": {"cache": a * 2 * L * G * E * slots * capacity},
         "update": {
             "gradients": 4 * trained / n,
-            "working copy": a * ((1 if lora else 2) * rest + 3 * block) if n > 1 else cast,
+            "working copy": a * (rests * rest + 3 * block) if n > 1 else cast,
             "activations": a * T * (L * D + layer if checkpointing else L * layer),
             "head": 8 * c.vocab_size * D * (not lora) + (SLAB_BYTES if gpu else 4 * CHUNK_ELEMENTS),
         },

@@ -2,12 +2,14 @@
 
     torchrun --nproc-per-node 8 train_rl.py …             the same flags as without; `--nnodes` for more machines
 
-Every rank knows the whole step: the batch, and once sampled all its rollouts. It samples for its part of the
-problems and learns from its part of the tokens; denominators are those of the whole step, so that the number of ranks
-changes the step no more than the size of a micro-batch does: up to the order of sums in fp32, and in bf16 up to the rounding of
-each micro-batch's gradients, which are then added up in fp32. Parameters, gradients and optimizer state are spread over
-the ranks of a machine by `fully_shard` (FSDP2): fp32 master weights, compute in the model's dtype. A rank samples from
-a whole copy of its own, so nothing has to be exchanged inside decoding.
+Every rank knows the whole step: the batch, and once sampled all its rollouts. It samples for its part of the problems
+and learns from its part of the tokens. Denominators are those of the whole step, so the number of ranks changes the
+step no more than the size of a micro-batch does. In fp32 that is the order of sums. In bf16 it is also the rounding of
+each micro-batch's gradients, which are then added up in fp32.
+
+Parameters, gradients and optimizer state are spread over the ranks of a machine by `fully_shard` (FSDP2): fp32 master
+weights, compute in the model's dtype. A rank samples from a whole copy of its own, so nothing has to be exchanged
+inside decoding.
 """
 
 import os
@@ -32,6 +34,8 @@ class Ranks:
         # Over how many the parameters are spread: those of one machine, whose links are fast, if it has several.
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self.spread = local if local > 1 else self.size
+        if self.size % self.spread:
+            raise ValueError(f"{self.size} processes, {local} of them here: start as many on each machine")
         self.device = device
         if self.size > 1 and not dist.is_initialized():
             # Ranks wait for the one with the longest rollouts, and for the first while it saves. That one of them is
@@ -79,12 +83,18 @@ class Ranks:
         (nothing,) = pack([[0]], [[]], 1, self.device)  # one token, no target: its loss and gradients are zero
         return packs + [replace(nothing, rows=[])] * (int(most) - len(packs))
 
-    def gather(self, items: list) -> list:
-        """The items of all ranks in the order of the ranks, on every rank. They are pickled: no large tensors."""
+    def gather(self, items: list, to_first: bool = False) -> list:
+        """The items of all ranks in the order of the ranks, on every rank, or on the first alone and none on the others.
+
+        They are pickled: no large tensors.
+        """
         if self.size == 1:
             return items
         parts: list[list] = [[]] * self.size
-        dist.all_gather_object(parts, items)
+        if to_first:
+            dist.gather_object(items, None if self.rank else parts)
+        else:
+            dist.all_gather_object(parts, items)
         return [item for part in parts for item in part]
 
     def sum(self, values: Sequence[float]) -> list[float]:

@@ -1,11 +1,11 @@
 r"""Checks and solutions by rule, for problems that come with the formula of their solution (ASDiv, SVAMP, GSM8K).
 
-A check undoes the formula, from the answer back to a number of the problem:
+A check undoes the formula, from the answer back to its first number:
 
     (53-2)/3=17, answer 15     Going backwards from 15: 15 × 3 = 45; 45 + 2 = 47, but the problem says 53.
 
-The formula is that of the right answer, so such checks exist for problems with a known solution only: they teach how to
-check, as the checks of a strong model do. Read by `python -m s2r.stage0.verifications --by formula --data F.jsonl`.
+Such checks exist only where the solution is known: training data, as a strong model would write it. Called by
+`python -m s2r.stage0.verifications --by formula --data F.jsonl`.
 
     python -m s2r.stage0.formula --data asdiv.jsonl --folder F
 
@@ -29,7 +29,7 @@ from s2r.run.flags import check, start
 SIGN = {ast.Add: "+", ast.Sub: "−", ast.Mult: "×", ast.Div: "÷"}
 INVERSE = {"+": "−", "−": "+", "×": "÷", "÷": "×"}
 OPENINGS = ("Going backwards from {}:", "Undo the steps, starting from {}:", "If the answer is {}, then")
-LONGEST = 100  # characters of a formula
+LONGEST, MOST = 100, 4  # characters of an equation; equations of a formula
 
 Tree = tuple["Tree", str, "Tree"] | Fraction  # a number of the problem, or two trees and the sign between them
 
@@ -37,8 +37,10 @@ Tree = tuple["Tree", str, "Tree"] | Fraction  # a number of the problem, or two 
 def parse(formula: str) -> Tree | None:
     """The left side of a formula like "(53-2)/3=17"; of "48/2=24; 48+24=72", the last, with 24 written out. Else None."""
     results: dict[Fraction, Tree] = {}
-    tree = None
-    for equation in formula.split(";"):
+    tree, equations = None, formula.split(";")
+    if len(equations) > MOST:
+        return None
+    for equation in equations:
         left, equals, right = equation.partition("=")
         if not re.fullmatch(r"[\d.+*/() -]{1,%d}" % LONGEST, left) or not re.fullmatch(r" *\d{1,12}(\.\d{1,6})? *", right):
             return None
@@ -93,18 +95,25 @@ def _step(a: Fraction, sign: str, b: Fraction) -> str:
 
 
 def verify(problem: Problem, answer: str) -> str | None:
-    """A check of this answer, with its verdict; None where the rule has none: no formula, or an answer that is no number."""
+    """A check of this answer, with its verdict; None where the rule has none.
+
+    That is: no formula, one that does not give the gold answer, or an answer that is not a number of 0 to 4 decimals.
+    """
     tree = parse(problem.formula or "")
-    said = re.fullmatch(r"\$?(\d{1,12}(?:\.\d{1,6})?)", answer.replace(",", "").strip(), re.ASCII)
+    said = re.fullmatch(r"\$?(\d{1,12}|\d{1,3}(?:,\d{3}){1,3})(\.\d{1,4})?", answer.strip(), re.ASCII)
     if tree is None or isinstance(tree, Fraction) or not said:
         return None
-    x, right, steps = Fraction(said[1]), value(tree), []
-    end = ""
+    start, right, steps, end = Fraction(said[1].replace(",", "") + (said[2] or "")), value(tree), [], ""
+    x = start
+    if not equivalent(number(right) or "", problem.answer):
+        return None
     try:
         while not isinstance(tree, Fraction) and not end:
             tree, sign, other = tree
             by = value(other)
             steps += forwards(other)
+            if number(by) is None:
+                return None
             if sign == "×" and number(x / by) is None:  # 15 ÷ 4 leaves 3
                 end = f"{number(x)} ÷ {number(by)} does not come out even, so it cannot be"
             elif sign == "+" and x < by:
@@ -115,11 +124,12 @@ def verify(problem: Problem, answer: str) -> str | None:
     except (ValueError, ZeroDivisionError):
         return None
     if not end:
-        steps[-1] += f", {'and' if x == tree else 'but'} the problem says {number(tree)}"
+        says = "the problem says" if number(tree) in re.findall(r"\d+(?:\.\d+)?", problem.problem) else "it should be"
+        steps[-1] += f", {'and' if x == tree else 'but'} {says} {number(tree)}"
     verdict = "correct" if not end and x == tree else "incorrect"
-    if (verdict == "correct") != (Fraction(said[1]) == right):
+    if (verdict == "correct") != (start == right):
         return None
-    opening = OPENINGS[zlib.crc32(f"{problem.problem} {answer}".encode()) % len(OPENINGS)].format(number(Fraction(said[1])))
+    opening = OPENINGS[zlib.crc32(f"{problem.problem} {answer}".encode()) % len(OPENINGS)].format(number(start))
     return f"{opening} {'; '.join([*steps, *[end] * bool(end)])}. {VERDICT_SENTENCE[verdict]}"
 
 

@@ -29,6 +29,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Literal
 
+import torch
 from tqdm import tqdm
 
 from s2r.data import check_output, drop_torn_line, load_problems
@@ -37,6 +38,7 @@ from s2r.grade import equivalent
 from s2r.grammar import VERDICT_SENTENCE, VERIFY_OPENING, cut
 from s2r.run.flags import check, start
 from s2r.run.loop import load, pick
+from s2r.run.ranks import Ranks
 from s2r.stage0 import formula
 from s2r.stage0.build import by_problem, distinct, load_verifications, read_rollouts, usable_answer
 
@@ -49,7 +51,7 @@ class Config:
     api_base: str = ""  # instead of --model: address of an OpenAI-compatible endpoint, up to /v1
     api_model: str = ""  # name of the model at the endpoint
     api_key_variable: str = "OPENAI_API_KEY"  # environment variable that holds the key of the endpoint
-    by: Literal["model", "formula"] = "model"  # who checks; formula: the rule of s2r/stage0/formula.py
+    by: Literal["model", "formula"] = "model"  # formula: the rule of s2r/stage0/formula.py in place of a model
     data: str = ""  # problem file with the formulas, for --by formula
     style: Literal["confirmative", "solving"] = "confirmative"  # of the checks
     temperature: float = 0.7  # of the sampling
@@ -113,9 +115,8 @@ def as_self_check(reply: str) -> str:
     return text if cut(f"{VERIFY_OPENING} {text}".encode()) == [(0, "verify")] else " ".join(text.split())
 
 
-def local_model(cfg: Config, todo: Sequence[dict]) -> Verified:
-    """A Hugging Face folder, through our own sampler. Raises ValueError as `pick` and `load` do."""
-    ranks, dtype = pick(cfg)
+def local_model(cfg: Config, todo: Sequence[dict], ranks: Ranks, dtype: torch.dtype) -> Verified:
+    """A Hugging Face folder, through our own sampler; each rank a part. Raises ValueError as `load` does."""
     model, tokenizer = load(cfg, ranks, dtype, whole=True)
     sampling = {"temperature": cfg.temperature, "max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed}
 
@@ -138,9 +139,9 @@ def local_model(cfg: Config, todo: Sequence[dict]) -> Verified:
 
 def rule(cfg: Config, todo: Sequence[dict]) -> Verified:
     """The formulas of --data, undone. Raises ValueError as `load_problems` does."""
-    problems = {problem.unique_id: problem for problem in load_problems(cfg.data)}
+    problems = {(problem.unique_id, problem.problem): problem for problem in load_problems(cfg.data)}
     for row in todo:
-        problem = problems.get(row["unique_id"])
+        problem = problems.get((row["unique_id"], row["problem"]))
         if problem and (text := formula.verify(problem, row["answer"])):
             yield row, text
 
@@ -194,7 +195,38 @@ def main(cfg: Config) -> None:
     given = [bool(cfg.model), bool(cfg.api_base), cfg.by == "formula"]
     if sum(given) != 1 or bool(cfg.api_base) != bool(cfg.api_model) or given[2] != bool(cfg.data):
         raise ValueError("give --model, or --api-base with --api-model, or --by formula with --data")
+    if not cfg.model and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("torchrun is for --model; start the command without it")
     check_output(cfg.out)
+    ranks, dtype = pick(cfg) if cfg.model else (Ranks(torch.device("cpu")), torch.float32)
+    todo = ranks.gather([] if ranks.rank else [unverified(cfg)])[0]  # by the first rank, for all: nobody writes yet
+    if not todo:
+        return
+    if cfg.by == "formula":
+        verified = rule(cfg, todo)
+    elif cfg.model:
+        verified = local_model(cfg, todo, ranks, dtype)
+    else:
+        verified = endpoint(cfg, todo, os.environ.get(cfg.api_key_variable))
+    written = 0
+    # No bar before an error about flags.
+    for row, text in tqdm(verified, total=len(todo) // ranks.size, unit=" answers", delay=1, disable=ranks.rank > 0):
+        line = json.dumps(row | {"verification": as_self_check(text)}, ensure_ascii=False) + "\n"
+        with open(cfg.out, "ab", buffering=0) as file:  # one write for a line, so that ranks do not mix theirs
+            if file.write(line.encode()) < len(line.encode()):
+                raise OSError(f"{cfg.out}: a line was written in part; is the disk full?")
+        written += 1
+    written = int(ranks.sum([written])[0])
+    if ranks.rank:
+        return
+    print(f"{written:7,}  verifications written")
+    if written < len(todo):
+        why = "that the rule cannot check" if cfg.by == "formula" else "without a reply; run the same command to ask again"
+        print(f"{len(todo) - written:7,}  {why}")
+
+
+def unverified(cfg: Config) -> list[dict]:
+    """The answers that have no verification yet. Raises ValueError when there is no answer to verify at all."""
     rows, out = wanted(read_rollouts(cfg.rollouts)), Path(cfg.out)
     before = load_verifications(cfg.out) if out.exists() and drop_torn_line(out) else {}
     todo = [row for row in rows if row["answer"] not in dict(before.get(row["problem"], []))]
@@ -204,22 +236,7 @@ def main(cfg: Config) -> None:
             f"{cfg.rollouts}: no problem has a right answer, in \\boxed, in a finished sample, so no trajectory "
             "can be built; give more samples, a higher --max-new-tokens, easier problems or another base model"
         )
-    if not todo:
-        return
-    if cfg.by == "formula":
-        verified = rule(cfg, todo)
-    else:
-        verified = local_model(cfg, todo) if cfg.model else endpoint(cfg, todo, os.environ.get(cfg.api_key_variable))
-    written = 0
-    for row, text in tqdm(verified, total=len(todo), unit=" answers", delay=1):  # no bar before an error about flags
-        line = json.dumps(row | {"verification": as_self_check(text)}, ensure_ascii=False) + "\n"
-        with out.open("ab", buffering=0) as file:  # one write for a line, so that ranks do not mix theirs
-            file.write(line.encode())
-        written += 1
-    print(f"{written:7,}  verifications written")
-    if written < len(todo):
-        why = "that the rule cannot check" if cfg.by == "formula" else "without a reply; run the same command to ask again"
-        print(f"{len(todo) - written:7,}  {why}")
+    return todo
 
 
 if __name__ == "__main__":
