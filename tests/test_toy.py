@@ -265,8 +265,8 @@ def test_stages_pass_the_settings_of_the_toy_to_the_scripts():
     for level in ("outcome", "process"):
         assert given[f"f/rl-{level}"].items() >= {
             "--model": "f/sft", "--data": "f/train.jsonl", "--out": f"f/rl-{level}", "--level": level,
-            "--problems": "32", "--rollouts": "4", "--updates": "2", "--temperature": "0.7", "--beta": "0.01",
-            "--epsilon": "0.2", "--lr": "5e-5", "--warmup": "5", "--steps": "40", "--max-new-tokens": "480",
+            "--problems": "64", "--rollouts": "4", "--updates": "1", "--temperature": "0.7", "--beta": "0.01",
+            "--epsilon": "0.2", "--lr": "1e-4", "--warmup": "5", "--steps": "20", "--max-new-tokens": "480",
             "--save-every": "50", "--show-every": "10", "--tokens-per-microbatch": "8192", "--seed": "3"}.items()
         assert given[f"f/rl-{level}.json"].items() >= {
             "--model": f"f/rl-{level}", "--data": "f/test.jsonl", "--report": f"f/rl-{level}.json",

@@ -1,6 +1,6 @@
 """All of S²R on a laptop's CPU, in a world of arithmetic: base model → stage 0 → SFT → RL.
 
-    python -m s2r.toy                        13 minutes on two cores; ends with a table of what each model reached
+    python -m s2r.toy                        10 to 15 minutes on two cores; ends with a table of what each model reached
 
 `PLAN` lists the commands. They are those that train a large model, with smaller settings. What is made is not made
 again, so a second call continues where the first was stopped. `s2r/toy/world.py` explains the problems.
@@ -21,8 +21,8 @@ BUILD = "-m s2r.stage0.build --rollouts F/base.rollouts.jsonl"
 LONGEST = 480  # tokens of a response: 7 trials with 5 gaps, all 8 rows with 3
 SFT = f"""train_sft.py --model {BASE} --lr 5e-4 --warmup 5 --batch-size 32 --kl 0.01 --max-length 1024
     --save-every 200 --tokens-per-microbatch 8192 --resume"""
-RL = f"""train_rl.py --model F/sft --problems 32 --rollouts 4 --updates 2 --temperature 0.7 --beta 0.01 --epsilon 0.2
-    --lr 5e-5 --warmup 5 --steps 40 --max-new-tokens {LONGEST} --save-every 50 --show-every 10
+RL = f"""train_rl.py --model F/sft --problems 64 --rollouts 4 --updates 1 --temperature 0.7 --beta 0.01 --epsilon 0.2
+    --lr 1e-4 --warmup 5 --steps 20 --max-new-tokens {LONGEST} --save-every 50 --show-every 10
     --tokens-per-microbatch 8192 --resume"""
 MODELS = ("base", "sft", "sft-plus", "rl-outcome", "rl-process")
 
@@ -43,8 +43,8 @@ PLAN: Plan = (
     ("trajectories.jsonl", "verifications.jsonl",
         f"{BUILD} --verifications F/verifications.jsonl --out F/trajectories.jsonl"),
     ("sft", "trajectories.jsonl", f"{SFT} --data F/trajectories.jsonl --out F/sft --epochs 5"),
-    # The control of RL: SFT alone, for as many updates as SFT and RL make together.
-    ("sft-plus", "trajectories.jsonl", f"{SFT} --data F/trajectories.jsonl --out F/sft-plus --epochs 7"),
+    # The control of RL: SFT alone, for at least as many updates as SFT and RL make together.
+    ("sft-plus", "trajectories.jsonl", f"{SFT} --data F/trajectories.jsonl --out F/sft-plus --epochs 6"),
     ("rl-outcome", "sft", f"{RL} --data F/train.jsonl --out F/rl-outcome --level outcome"),
     ("rl-process", "sft", f"{RL} --data F/train.jsonl --out F/rl-process --level process"),
     *map(evaluation, MODELS),

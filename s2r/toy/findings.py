@@ -1,6 +1,6 @@
 """The paper's qualitative findings, and controls, in the toy world over several seeds. `PAGE` says what is compared.
 
-    python -m s2r.toy.findings               an hour on two cores; what is made is not made again
+    python -m s2r.toy.findings               20 minutes a seed on two cores; what is made is not made again
 
 A seed has its own problems, samples and training runs; the base model is the same. No setting is tuned for a finding.
 The reports of a seed go to docs/findings/seed-N, small files that are kept. A seed that is there is not run again.
@@ -32,10 +32,10 @@ The paper's numbers are those of Qwen2.5-Math-7B on MATH500. Fractions are in pe
 columns; `sound` is the fraction of true verdicts whose check is right for the right reason (`s2r/toy/audit.py`).
 Made by `python -m s2r.toy.findings --seeds {seeds}`, commit {commit}.
 """
-ALL = """All models. `sft-plus` is the control of RL: SFT for as many updates as SFT and RL make together. `rl-solve-only`
-is outcome RL of the base model, whose answers have no checks. `base-majority` and `base-checked` sample as many answers
-of the base model as have the tokens of a mean response after outcome RL. The first takes the most frequent answer. The
-second is right if one of them is, as if a perfect checker chose."""
+ALL = """All models. `sft-plus` is the control of RL: SFT for at least as many updates as SFT and RL. `rl-solve-only` is
+outcome RL of the base model, whose answers have no checks. `base-majority` and `base-checked` sample as many answers of
+the base model as have the tokens of a mean response after outcome RL. The first takes the most frequent answer. The second
+is right if one of them is, as if a perfect checker chose."""
 LENGTH = f"Accuracy if only the first k trials count. {LONGEST} tokens, the limit, admit 7 trials with five gaps."
 LEVEL = "Accuracy and trials by level, which is the number of gaps less 1."
 AUDIT = "Fraction of sound checks among those with a true verdict: first checks of a response, second ones, and so on."
