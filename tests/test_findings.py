@@ -64,6 +64,13 @@ def test_page_finds_every_report_among_the_stages():
     assert len(tables) == 1 + len(findings.FINDINGS) + len(findings.TABLES) + rows
 
 
+def test_page_leaves_out_what_a_seed_has_not_made():
+    seeds = [{name: BASE for name in NAMES} for _ in range(2)]
+    del seeds[1]["sft-solving"]
+    text = findings.page(seeds, "abc")
+    assert "| sft-solving |" not in text and "problem-solving" not in text and "| sft-unmasked | 50.0 ± 0.0" in text
+
+
 def row(problem: str, actions: str, answer: str = "plus", ids=()) -> dict:
     """A row of a rollout file; actions as in s2r/metrics.py: right and wrong solves, checks that say c or i."""
     solves, found, right = 0, [], False

@@ -33,7 +33,7 @@ columns; `sound` is the fraction of true verdicts whose check is right for the r
 Made by `python -m s2r.toy.findings --seeds {seeds}`, commit {commit}.
 """
 ALL = """All models. `sft-plus` is the control of RL: SFT for at least as many updates as SFT and RL. `rl-solve-only` is
-outcome RL of the base model, whose answers have no checks. `base-majority` and `base-checked` sample as many answers of
+outcome RL of the base, whose answers have no checks. `base-majority` and `base-checked` sample as many answers of
 the base model as have the tokens of a mean response after outcome RL. The first takes the most frequent answer. The second
 is right if one of them is, as if a perfect checker chose."""
 LENGTH = f"Accuracy if only the first k trials count. {LONGEST} tokens, the limit, admit 7 trials with five gaps."
@@ -103,7 +103,7 @@ TABLES = (  # what a table shows, its rows, its columns as `value` takes them
 
 
 def extended(report: dict, rows: list[dict]) -> dict:
-    """A report with what the rollouts that it is about add to it.
+    """A report with more about its rollouts.
 
     "right": "1" or "0" for each problem. "after": accuracy if only the first k solves count, by k. "sound…": the audit.
     """
@@ -137,10 +137,8 @@ def voted(rows: list[dict], tokens: float) -> dict[str, dict]:
 
 def reports(folder: str) -> dict[str, dict]:
     """Reports of all models of a seed, from what the stages left in its folder."""
-    found = {}
-    for name in REPORTS:
-        report = json.loads(Path(folder, f"{name}.json").read_text())
-        found[name] = extended(report, read_jsonl(f"{folder}/{name}.test.jsonl"))
+    found = {name: json.loads(Path(folder, f"{name}.json").read_text()) for name in REPORTS}
+    found = {name: extended(report, read_jsonl(f"{folder}/{name}.test.jsonl")) for name, report in found.items()}
     return found | voted(read_jsonl(f"{folder}/base.votes.jsonl"), found["rl-outcome"]["tokens"])
 
 
@@ -171,9 +169,10 @@ def grid(lines: list[list[str]]) -> str:
 
 
 def page(seeds: list[dict[str, dict]], commit: str) -> str:
-    """PAGE and its tables; `seeds` holds for each seed: name of a model -> its report."""
+    """PAGE and its tables, of the models that every seed has; `seeds` holds for each: name of a model -> its report."""
+    made = set.intersection(*map(set, seeds))
     findings = [["finding", "paper", "toy: difference", "", "seeds significant"]]
-    for claim, paper, name, more, less in FINDINGS:
+    for claim, paper, name, more, less in [row for row in FINDINGS if {row[3], row[4] or row[3]} <= made]:
         differences = [value(r[more], name) - (value(r[less], name) if less else 0) for r in seeds]
         middle, half = interval(differences)
         holds = "holds" if middle > half else "fails" if middle < -half else "undecided"
@@ -183,7 +182,7 @@ def page(seeds: list[dict[str, dict]], commit: str) -> str:
     parts = [PAGE.format(seeds=len(seeds), commit=commit) + "\n" + grid(findings)]
     for text, models, names in TABLES:
         lines = [["", *names.split()]]
-        for model in models:
+        for model in filter(made.__contains__, models):
             columns = [[value(r[model], name) for r in seeds] for name in names.split()]
             digits = [2 if name.endswith("trials") else 0 if name == "tokens" else 1 for name in names.split()]
             lines.append([model, *map(cell, columns, digits)])
@@ -204,17 +203,18 @@ def main(cfg: Config) -> None:
         raise ValueError(f"--seeds {cfg.seeds}: an interval needs two or more")
     check_output(cfg.out)
     kept = [Path(cfg.out).with_suffix("") / f"seed-{seed}" for seed in range(cfg.seeds)]
-    folders = {seed: f"{cfg.folder}/seed-{seed}" for seed, path in enumerate(kept) if not path.exists()}
+    folders = {seed: f"{cfg.folder}/seed-{seed}" for seed, path in enumerate(kept)
+               if not all((path / f"{name}.json").exists() for name in TABLES[0][1])}  # fmt: skip
     make([stage for seed, folder in folders.items() for stage in stages(PLAN, folder, seed)])
     for folder in folders.values():
         write_jsonl(f"{folder}/trajectories-200.jsonl", read_jsonl(f"{folder}/trajectories.jsonl")[:200])
     for seed, folder in folders.items():
         make(stages(ABLATIONS, folder, seed))
         commit = json.loads(Path(folder, "sft/run.json").read_text())["commit"]
-        kept[seed].mkdir(parents=True)
+        kept[seed].mkdir(parents=True, exist_ok=True)
         for name, report in reports(folder).items():
             (kept[seed] / f"{name}.json").write_text(json.dumps(report | {"commit": commit}, indent=1) + "\n")
-    seeds = [{name: json.loads((folder / f"{name}.json").read_text()) for name in TABLES[0][1]} for folder in kept]
+    seeds = [{path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")} for folder in kept]
     text = page(seeds, seeds[0]["sft"]["commit"][:7])
     print(f"\n{text}")
     Path(cfg.out).write_text(text, encoding="utf-8")
