@@ -50,6 +50,7 @@ class Action:
     verdict: str | None = None  # verify: Parser(v), "correct" | "incorrect", None when unreadable or unverified
     correct: bool | None = None  # solve: V_golden(s), None until judged
     truth: str | None = None  # verify: the verdict it should give; None until judged, or without a solve before it
+    sound: bool | None = None  # verify: is its reasoning right? None until an audit has read it
 
 
 def cut(text: bytes) -> list[tuple[int, str]]:

@@ -7,7 +7,7 @@ written by `to_row`. `load_rollouts` reads it for offline RL (`s2r/offline.py`).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from s2r import rl
@@ -49,7 +49,8 @@ class Trajectory:
         for action, reward in zip(self.actions, rl.process_rewards(self.actions, self.finished)):
             read = {"answer": action.answer} if action.kind == "solve" else {"verdict": action.verdict}
             span = {"kind": action.kind, "start": action.start, "end": action.end}
-            row["actions"].append(span | read | {"reward": int(reward)})
+            audit = {} if action.sound is None else {"sound": action.sound}
+            row["actions"].append(span | read | {"reward": int(reward)} | audit)
         return row | {"reward": int(rl.outcome_reward(self.actions))}
 
 
@@ -71,12 +72,13 @@ def load_rollouts(path: str | Path, tokenizer: Tokenizer) -> list[Trajectory]:
             if not parsable(str(row["answer"])):
                 raise ValueError(f"gold answer {row['answer']!r} cannot be parsed")
             problem = Problem(row["problem"], str(row["answer"]), str(row["unique_id"]), row.get("level"))
-            trajectories.append(
-                Trajectory.judged(
-                    tokenizer, problem, ids, finished=bool(row["finished"]), prompt_ids=prompt_ids, logp=logp,
-                    sample=int(row["sample"]), temperature=float(row["temperature"]),
-                )
+            trajectory = Trajectory.judged(
+                tokenizer, problem, ids, finished=bool(row["finished"]), prompt_ids=prompt_ids, logp=logp,
+                sample=int(row["sample"]), temperature=float(row["temperature"]),
             )  # fmt: skip
+            audits = {action["start"]: action.get("sound") for action in row.get("actions", [])}
+            actions = [replace(action, sound=audits.get(action.start)) for action in trajectory.actions]
+            trajectories.append(replace(trajectory, actions=actions))
         except (KeyError, TypeError, ValueError) as error:
             what = f"no {error}" if isinstance(error, KeyError) else error
             raise ValueError(f"{path}: row {number}: {what}; give a file that sample.py --out wrote") from None

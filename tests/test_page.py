@@ -38,6 +38,20 @@ def test_labels_name_what_happened(code, expected, tokenizer):
     assert labels(response(code, tokenizer, finished=False)) == [*expected, "cut off"]
 
 
+def test_page_marks_a_true_verdict_whose_check_is_unsound(tokenizer):
+    base = response("-i+c", tokenizer)
+    for places, expected in (((1,), True), ((), False), ((0, 2), False)):  # a solve has no reasons
+        actions = [replace(action, sound=i not in places if action.kind == "verify" else None)
+                   for i, action in enumerate(base.actions)]
+        audited = replace(base, actions=actions)
+        assert ("right verdict, wrong reason" in labels(audited)) is expected
+        shown = content(page([audited], tokenizer, "title"))["rows"][0]["actions"]
+        assert [action.get("sound") for action in shown] == [action.sound for action in actions]
+    untrue = response("-c", tokenizer)
+    untrue = replace(untrue, actions=[untrue.actions[0], replace(untrue.actions[1], sound=False)])
+    assert labels(untrue) == ["missed"]
+
+
 def test_page_holds_every_action_with_reward_advantage_and_tokens(tokenizer):
     group = [response("-i+c", tokenizer), response("+c", tokenizer)]
     found = content(page(group, tokenizer, "title"))

@@ -7,7 +7,7 @@ import pytest
 from test_metrics import response, samples
 
 from s2r.metrics import at_k, summarize
-from s2r.view.report import Config, interval, main, table
+from s2r.view.report import Config, interval, main, mcnemar, table
 
 
 def test_table_lines_up_and_marks_the_undefined():
@@ -59,3 +59,18 @@ def test_interval_by_hand_and_of_one_value():
     assert interval([0.5, 0.5]) == (0.5, 0)
     with pytest.raises(ValueError, match="at least two"):
         interval([1.0])
+
+
+@pytest.mark.parametrize("after, before, expected", [
+    ("1100", "1010", (1, 1, 1.0)),
+    ("1" * 6, "0" * 6, (6, 0, 2 / 2**6)),
+    ([False] * 5 + [True], [True] * 5 + [False], (1, 5, 2 * 7 / 2**6)),  # P(0 or 1 heads of 6) = 7/64
+    ("11", "11", (0, 0, 1.0)),
+])
+def test_mcnemar_by_hand(after, before, expected):
+    assert mcnemar(after, before) == pytest.approx(expected)
+
+
+def test_mcnemar_needs_the_same_problems():
+    with pytest.raises(ValueError):
+        mcnemar("10", "1")

@@ -7,7 +7,7 @@ import pytest
 from s2r.data import Problem, read_jsonl, write_jsonl
 from s2r.generate import Rollout
 from s2r.model import Transformer
-from s2r.rollouts import roll_out
+from s2r.rollouts import load_rollouts, roll_out
 from s2r.hf.tokenizer import Tokenizer
 from s2r.grammar import encode, prompt
 from tiny_model import steps, tiny_model
@@ -64,6 +64,16 @@ def test_to_row_is_the_rollout_contract(written, tokenizer, tmp_path):
         {"kind": "solve", "start": actions[1].end, "end": actions[2].end, "answer": "7", "reward": 1},
         {"kind": "verify", "start": actions[2].end, "end": len(ids), "verdict": "correct", "reward": 1},
     ]
+
+
+def test_rollout_file_keeps_what_an_audit_says_of_a_check(written, tokenizer, tmp_path):
+    ids, _ = encode(steps(3, 4, wrong=1), tokenizer)
+    row = written((ids, True))[0].to_row()
+    row["actions"][1]["sound"] = False  # the first check; the second has not been read
+    write_jsonl(tmp_path / "rollouts.jsonl", [row])
+    (trajectory,) = load_rollouts(tmp_path / "rollouts.jsonl", tokenizer)
+    assert [action.sound for action in trajectory.actions] == [None, False, None, None]
+    assert trajectory.to_row() == row
 
 
 def test_to_row_of_a_cut_off_response(written, tokenizer):

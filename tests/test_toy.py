@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import mean
 
 import pytest
+from tokenizers import Tokenizer as Backend
 
 import s2r  # noqa: F401  (before torch)
 import torch
@@ -22,24 +23,23 @@ from s2r.toy.__main__ import PLAN, stages
 from s2r.toy.findings import ABLATIONS
 
 BASE = Path(world.__file__).with_name("base")
-PROBLEM = "Eggs go in boxes of 7. Which number of eggs fills its boxes: 4315, 2886 or 3024?"  # 3024
+PROBLEM = "Put plus or minus in the gaps: 62 _ 7 _ 11 _ 5 = 53."  # plus minus minus
+RIGHT = "Add up: 62 plus 7 is 69, 69 minus 11 is 58, 58 minus 5 is 53. The target is 53. 53 and 53 are the same."
+WRONG = "Add up: 62 plus 7 is 69, 69 plus 11 is 80, 80 minus 5 is 75. The target is 53. 75 and 53 are different."
 
 
 @pytest.mark.parametrize("answer, text", [
-    ("3024",
-     "Divide 3024 by 7: 3 leaves 3, 30 leaves 2, 22 leaves 1, 14 leaves 0. Nothing remains. Therefore, the answer is correct."),
-    ("4315",
-     "Divide 4315 by 7: 4 leaves 4, 43 leaves 1, 11 leaves 4, 45 leaves 3. Something remains. Therefore, the answer is incorrect."),
-    ("2886",
-     "Divide 2886 by 7: 2 leaves 2, 28 leaves 0, 8 leaves 1, 16 leaves 2. Something remains. Therefore, the answer is incorrect."),
-    ("7", "This is not one of the numbers. Therefore, the answer is incorrect."),
-    ("302", "This is not one of the numbers. Therefore, the answer is incorrect."),
+    ("plus minus minus", f"{RIGHT} Therefore, the answer is correct."),
+    ("plus plus minus", f"{WRONG} Therefore, the answer is incorrect."),
+    ("plus minus", "This is not one sign for each gap. Therefore, the answer is incorrect."),
+    ("53", "This is not one sign for each gap. Therefore, the answer is incorrect."),
 ])
-def test_verify_substitutes_the_answer_back(answer, text):
-    assert world.verify(PROBLEM, answer) == (text, "correct" if answer == "3024" else "incorrect")
+def test_verify_adds_up(answer, text):
+    assert world.verify(PROBLEM, answer) == (text, "correct" if answer == "plus minus minus" else "incorrect")
 
 
-@pytest.mark.parametrize("answer", [None, "", "x", "30 24", "-3024", "3024.0", "30243", "٣٠٢٤", r"\frac{3024}{1}", "3024\n"])
+@pytest.mark.parametrize("answer", [
+    None, "", "x", "plus  minus minus", "Plus minus minus", "plus minus minus ", "plus,minus,minus", r"\text{plus}", "+--", "53\n"])
 def test_verify_takes_any_answer(answer):
     text, verdict = world.verify(PROBLEM, answer)
     assert verdict == parse_verdict(text) == "incorrect"
@@ -50,54 +50,51 @@ def test_verify_refuses_a_problem_of_another_world():
         world.verify("What is 1+1?", "2")
 
 
-def test_verify_agrees_with_the_gold_answer_and_its_steps_are_true():
+def test_verify_agrees_with_the_gold_answer_and_its_sums_are_true():
     rng = random.Random(0)
     for _ in range(500):
-        q = world.question(rng)
-        assert [x for x in q.xs if x % q.a == 0] == [q.x]
-        answer = str(rng.choice(q.xs))
-        text, verdict = world.verify(q.text, answer)
-        assert verdict == ("correct" if equivalent(answer, str(q.x)) else "incorrect") == parse_verdict(text)
-        quotient, rest = 0, 0
-        for digit, (part, left) in zip(answer, re.findall(r"(\d+) leaves (\d+)", text), strict=True):
-            assert int(part) == 10 * rest + int(digit)
-            step, rest = divmod(int(part), q.a)
-            assert int(left) == rest
-            quotient = 10 * quotient + step
-        assert quotient * q.a + rest == int(answer)
+        p = world.puzzle(rng)
+        row = rng.choice(world.rows(len(p.row)))
+        text, verdict = world.verify(p.text, " ".join(row))
+        assert verdict == ("correct" if equivalent(" ".join(row), " ".join(p.row)) else "incorrect") == parse_verdict(text)
+        steps = re.findall(r"(\d+) (plus|minus) (\d+) is (\d+)", text)
+        assert [sign for _, sign, _, _ in steps] == list(row) and int(steps[0][0]) == p.xs[0]
+        for a, sign, x, b in steps:
+            assert int(b) == int(a) + (1 if sign == "plus" else -1) * int(x) >= 0
+        assert [int(x) for _, _, x, _ in steps] == list(p.xs[1:])
+        assert text.count("same") == (verdict == "correct")
 
 
 def test_write_problems_makes_files_that_load_and_do_not_overlap(tmp_path):
     world.write_problems(tmp_path, train=400, test=200, seed=1)
     train, test = (load_problems(tmp_path / f"{name}.jsonl") for name in ("train", "test"))
     assert (len(train), len(test)) == (400, 200)
-    assert all(int(p.answer) in world.NUMBERS for p in train + test)
     assert len({p.problem for p in train + test}) == 600
-    assert {p.level for p in test} == set(world.LEVELS)
+    assert {p.level for p in test} == {p.level for p in train} == {1, 2, 3, 4}
     for problems, held_out in ((train, False), (test, True)):
         for problem in problems:
-            a, xs = numbers(problem.problem)
-            assert world.held_out(a, int(problem.answer)) is held_out
-            assert len(xs) == world.LEVELS[problem.level]
-            assert [world.verify(problem.problem, str(x))[1] for x in xs].count("correct") == 1
-            assert world.verify(problem.problem, problem.answer)[1] == "correct"
+            xs, _ = numbers(problem.problem)
+            assert world.held_out(xs) is held_out and world.held_out(xs[::-1]) is held_out
+            assert len(xs) == problem.level + 2
+            found = [row for row in world.rows(len(xs) - 1) if world.verify(problem.problem, " ".join(row))[1] == "correct"]
+            assert [" ".join(row) for row in found] == [problem.answer]  # the only solution
 
 
 @pytest.mark.parametrize("style", ("confirmative", "solving"))
 def test_command_checks_the_distinct_answers_to_solved_problems(tmp_path, style):
-    other = PROBLEM.replace("3024", "3031")
-    samples = [(PROBLEM, "3024", said) for said in ("3024", "4315", "4315", "99")]
-    samples += [(other, "3031", said) for said in ("2886", "4315")]  # never solved
+    other, gold = PROBLEM.replace("53", "63"), "plus minus minus"
+    samples = [(PROBLEM, gold, said) for said in (gold, "plus plus plus", "plus plus plus", "plus")]
+    samples += [(other, "plus minus plus", said) for said in ("minus minus minus", "plus plus plus")]  # never solved
     write_jsonl(tmp_path / "rollouts.jsonl", [
         {"unique_id": f"toy/{gold}", "problem": problem, "answer": gold, "finished": True,
-         "text": rf"It is \boxed{{{said}}}."}
+         "text": rf"The signs are \boxed{{{said}}}."}
         for problem, gold, said in samples])
     files = {"rollouts": str(tmp_path / "rollouts.jsonl"), "out": str(tmp_path / "checks.jsonl")}
     world.main(world.Config(**files, style=style))
     rows = read_jsonl(tmp_path / "checks.jsonl")
-    assert [row["answer"] for row in rows] == ["3024", "4315", "99"]
+    assert [row["answer"] for row in rows] == [gold, "plus plus plus", "plus"]
     for row in rows:
-        assert row == {"unique_id": "toy/3024", "problem": PROBLEM, "answer": row["answer"],
+        assert row == {"unique_id": f"toy/{gold}", "problem": PROBLEM, "answer": row["answer"],
                        "verification": world.verify(PROBLEM, row["answer"], style)[0]}
 
 
@@ -107,10 +104,10 @@ def test_world_refuses_a_command_that_does_not_say_what_to_write(flags):
         world.main(world.Config(**flags))
 
 
-def numbers(text: str) -> tuple[int, list[int]]:
-    """a and the numbers named, of the question in a text."""
-    found = next(filter(None, (pattern.search(text) for pattern in world.PATTERNS)))
-    return int(found["a"]), list(map(int, re.findall(r"\d+", found["xs"])))
+def numbers(text: str) -> tuple[tuple[int, ...], int]:
+    """The numbers and the target of the puzzle in a text."""
+    found = world.PROBLEM.search(text)
+    return tuple(map(int, found[1].split(" _ "))), int(found[2])
 
 
 def test_write_problems_repeats_with_its_seed(tmp_path):
@@ -120,26 +117,62 @@ def test_write_problems_repeats_with_its_seed(tmp_path):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-def test_documents_hold_no_test_question_and_no_verification():
+def test_documents_hold_no_test_puzzle_and_no_verification():
+    """No puzzle's total is compared with its target, and sums of held-out numbers are not practised."""
     rng = random.Random(0)
     for _ in range(2000):
         text = "".join(piece for piece, _ in pretrain.document(rng))
-        a, xs = numbers(text)
-        assert not world.held_out(a, next(x for x in xs if x % a == 0))
+        puzzle, compared = world.PROBLEM.search(text), re.search("same|different", text)
+        assert bool(puzzle) != bool(compared)
         assert not re.search(r"Wait|recheck|Therefore|correct|try again", text)
+        tried = [numbers(text)[0]] if puzzle else []
+        for line in re.findall(r"Add up: (.*?)\. The", text):
+            steps = re.findall(r"(\d+) (plus|minus) (\d+) is (\d+)", line)
+            tried.append((int(steps[0][0]), *(int(x) for _, _, x, _ in steps)))
+            assert world.add_up(tried[-1], tuple(sign for _, sign, _, _ in steps)) == line + "."
+        assert tried and not any(map(world.held_out, tried))
 
 
-def test_documents_try_the_numbers_named_and_end_in_the_right_one():
+def test_documents_try_rows_and_end_in_the_right_one():
     rng, chats = random.Random(1), 0
     for _ in range(500):
-        text = "".join(piece for piece, _ in pretrain.document(rng))
-        a, xs = numbers(text)
-        attempts = [int(x) for x in re.findall(r"boxed\{(\d+)\}", text)]
-        assert set(attempts) <= set(xs)
-        assert [x for x in attempts if x % a == 0] == attempts[-1:]
+        pieces = pretrain.document(rng)
+        text = "".join(piece for piece, _ in pieces)
+        if not world.PROBLEM.search(text):
+            continue
+        xs, target = numbers(text)
+        attempts = [tuple(row.split()) for row in re.findall(r"boxed\{([a-z ]+)\}", text)]
+        right = [world.total(xs, row) == target for row in attempts]
+        assert right == [False] * (len(right) - 1) + [True] and len(set(attempts)) == len(attempts)
+        weights = [weight for piece, weight in pieces if "boxed" in piece]
+        assert weights == [0] * (len(right) - 1) + [3]  # wrong rows are never learnt
+        assert set(re.findall(r"The target is (\d+)", text)) <= {str(target)}
         chats += (chat := text.startswith("<|im_start|>"))
         assert len(attempts) == 1 or not chat  # a chat has the right answer alone
-    assert 200 < chats < 400
+    assert 150 < chats < 300
+
+
+def test_random_sums_are_compared_truly_and_only_what_follows_is_learnt():
+    rng, same = random.Random(2), 0
+    for _ in range(300):
+        pieces = pretrain.random_sum(rng)
+        text = "".join(piece for piece, _ in pieces)
+        end, target, a, b, how = re.search(r" is (\d+)\. The target is (\d+)\. (\d+) and (\d+) are (.*)\.\n$", text).groups()
+        assert (end, target) == (a, b) and how == ("the same" if a == b else "different")
+        same += a == b
+        assert pieces[-2] == (f". {a} and {b} are {how}.\n", 2)
+        unknown = "".join(piece for piece, weight in pieces if not weight)
+        assert re.fullmatch(r"\d+( (plus|minus) \d+){2,5}\d+", unknown)  # first number, signs with theirs, target
+    assert 100 < same < 200
+
+
+def test_encode_gives_tokens_of_running_text_the_weight_of_their_piece():
+    backend = Backend.from_file(str(BASE / "tokenizer.json"))
+    pieces = [("Add up: 62", 0), (" is 69.", 1), (" The target is ", 2), ("50", 0), (".\n", 3)]
+    ids, weights = pretrain.encode(backend, pieces)
+    assert ids == backend.encode("".join(text for text, _ in pieces)).ids
+    assert [backend.decode([id]) for id in ids] == ["Add ", "up: ", "62", " is ", "69", ". ", "The ", "target ", "is ", "50", ".", "\n"]
+    assert weights == [0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 3, 3]
 
 
 def test_train_tokenizer_repeats_and_is_that_of_the_base_model(tmp_path):
@@ -147,9 +180,9 @@ def test_train_tokenizer_repeats_and_is_that_of_the_base_model(tmp_path):
     assert (tmp_path / "tokenizer.json").read_bytes() == (BASE / "tokenizer.json").read_bytes()
 
 
-def test_tokenizer_gives_digits_and_words_a_token_each():
+def test_tokenizer_gives_numbers_and_words_a_token_each():
     tokenizer = Tokenizer.from_pretrained(BASE)
-    texts = {"43 leaves 1, 11": 7, f"{VERIFY_OPENING} 7": 7, f"{RETRY_OPENING} 7": 5, r"\boxed{42}.": 4}
+    texts = {"43 plus 11 is 54": 5, f"{VERIFY_OPENING} 7": 7, f"{RETRY_OPENING} 7": 5, r"\boxed{plus minus}.": 4}
     for text, tokens in texts.items():
         ids = tokenizer.encode(text)
         assert len(ids) == tokens and tokenizer.decode(ids) == text
@@ -162,7 +195,7 @@ def test_base_model_opens_in_transformers_with_the_same_prompt_and_logits():
     theirs = transformers.AutoTokenizer.from_pretrained(BASE)
     expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert tokenizer.chat(messages) == expected == prompt(PROBLEM, tokenizer)
-    ids = torch.tensor(expected + tokenizer.encode(rf"It is \boxed{{3024}}. {VERIFY_OPENING}"))
+    ids = torch.tensor(expected + tokenizer.encode(rf"The signs are \boxed{{plus minus minus}}. {VERIFY_OPENING}"))
     model = Transformer.from_pretrained(BASE)
     other = transformers.AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     with torch.no_grad():
@@ -178,27 +211,30 @@ def greedy(prompts: list[str], stop: str) -> list[str]:
     (end,) = tokenizer.encode(stop)
     asked = [tokenizer.encode(text) for text in prompts]
     rollouts = generate(
-        model, asked, n=1, temperature=0.0, max_new_tokens=48, stop_ids={end}, seed=0, progress=False
+        model, asked, n=1, temperature=0.0, max_new_tokens=64, stop_ids={end}, seed=0, progress=False
     )
     return [tokenizer.decode(rollout.ids).removesuffix(stop) for rollout in rollouts]
 
 
 def test_base_model_has_learnt_the_parts():
-    """Dividing any number, or the one just said, and answering with one not yet tried: 95 of 100 and more."""
+    """On held-out numbers: adding up a given row, the target, comparing, 97 of 100 and more each; another row, 95."""
     rng = random.Random(5)
-    questions = [world.question(rng, test=True) for _ in range(200)]
-    asked, steps = zip(*(world.divide(q.a, rng.choice(q.xs)).split(": ") for q in questions))
-    written = greedy([f"{q.text}\n{world.solve(q.xs[0])}\n{text}" for q, text in zip(questions, asked)], "\n")
-    assert sum(f": {text}" == found for text, found in zip(steps, written)) >= 190
+    puzzles = [world.puzzle(rng, test=True) for _ in range(200)]
+    rows = [rng.choice([row for row in world.rows(len(p.row)) if row != p.row]) for p in puzzles]
+    given = [f"{p.text}\n{world.solve(row)}\n" for p, row in zip(puzzles, rows)]
+    sums = [world.add_up(p.xs, row) for p, row in zip(puzzles, rows)]
+    written = greedy([f"{text}Add up: " for text in given], "\n")
+    assert sum(found.startswith(text) for text, found in zip(sums, written)) >= 194
+    assert sum(found.endswith(f" {world.name(p.target)}") for p, found in zip(puzzles, written)) >= 194
 
-    said = [rng.choice(q.xs) for q in questions]
-    written = greedy([f"{q.text}\n{world.solve(y)}\nDivide " for q, y in zip(questions, said)], "\n")
-    assert sum(f"Divide {found}" == world.divide(q.a, y) for q, y, found in zip(questions, said, written)) >= 190
+    ends = [world.total(p.xs, row) for p, row in zip(puzzles, rows)]
+    others = [end if rng.random() < 0.5 else p.target for p, end in zip(puzzles, ends)]
+    written = greedy([f"Add up: {steps} {world.name(b)} " for steps, b in zip(sums, others)], "\n")
+    assert sum(found == world.compare(a, b) for a, b, found in zip(ends, others, written)) >= 194
 
-    tried = [rng.choice([x for x in q.xs if x != q.x]) for q in questions]
-    written = greedy([f"{q.text}\n{world.solve(y)}\nIt is \\boxed{{" for q, y in zip(questions, tried)], "\n")
-    others = [[f"{x}}}." for x in q.xs if x != y] for q, y in zip(questions, tried)]
-    assert sum(found in named for found, named in zip(written, others)) >= 190
+    written = greedy([f"{text}The signs are \\boxed{{" for text in given], "\n")
+    new = [{" ".join(other) + "}." for other in world.rows(len(p.row)) if other != row} for p, row in zip(puzzles, rows)]
+    assert sum(found in named for found, named in zip(written, new)) >= 190
 
 
 def test_pretrain_makes_a_folder_that_loads_and_repeats(tmp_path):
@@ -223,18 +259,19 @@ def test_stages_pass_the_settings_of_the_toy_to_the_scripts():
     """The scripts default to the paper's settings, so none of these may be left out."""
     given = {stage.makes: dict(zip(stage.command, stage.command[1:])) for stage in stages(PLAN, "f", seed=3)}
     assert given["f/sft"].items() >= {
-        "--model": "s2r/toy/base", "--data": "f/trajectories.jsonl", "--out": "f/sft", "--epochs": "3", "--lr": "2e-3",
+        "--model": "s2r/toy/base", "--data": "f/trajectories.jsonl", "--out": "f/sft", "--epochs": "5", "--lr": "5e-4",
         "--warmup": "5", "--batch-size": "32", "--kl": "0.01", "--max-length": "1024", "--save-every": "200",
         "--seed": "3"}.items()
     for level in ("outcome", "process"):
         assert given[f"f/rl-{level}"].items() >= {
             "--model": "f/sft", "--data": "f/train.jsonl", "--out": f"f/rl-{level}", "--level": level,
-            "--problems": "32", "--rollouts": "4", "--updates": "2", "--temperature": "0.7", "--beta": "0.01",
-            "--epsilon": "0.2", "--lr": "5e-5", "--warmup": "5", "--steps": "40", "--max-new-tokens": "320",
+            "--problems": "64", "--rollouts": "4", "--updates": "1", "--temperature": "0.7", "--beta": "0.01",
+            "--epsilon": "0.2", "--lr": "1e-4", "--warmup": "5", "--steps": "20", "--max-new-tokens": "480",
             "--save-every": "50", "--show-every": "10", "--tokens-per-microbatch": "8192", "--seed": "3"}.items()
         assert given[f"f/rl-{level}.json"].items() >= {
             "--model": f"f/rl-{level}", "--data": "f/test.jsonl", "--report": f"f/rl-{level}.json",
-            "--temperature": "0", "--max-new-tokens": "320"}.items()
+            "--out": f"f/rl-{level}.test.jsonl",
+            "--temperature": "0", "--max-new-tokens": "480"}.items()
     for makes in ("f/sft", "f/rl-outcome", "f/rl-process"):
         assert "--resume" in given[makes]  # a killed run continues
 

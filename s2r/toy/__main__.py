@@ -1,6 +1,6 @@
 """All of S²R on a laptop's CPU, in a world of arithmetic: base model → stage 0 → SFT → RL.
 
-    python -m s2r.toy                        13 minutes on two cores; ends with a table of what each model reached
+    python -m s2r.toy                        10 to 15 minutes on two cores; ends with a table of what each model reached
 
 `PLAN` lists the commands. They are those that train a large model, with smaller settings. What is made is not made
 again, so a second call continues where the first was stopped. `s2r/toy/world.py` explains the problems.
@@ -9,9 +9,7 @@ again, so a second call continues where the first was stopped. `s2r/toy/world.py
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
 
-from s2r.data import read_jsonl
 from s2r.run.flags import check, start
 from s2r.run.stages import Stage, make
 from s2r.view.report import table
@@ -19,20 +17,21 @@ from s2r.view.report import table
 Plan = tuple[tuple[str, str, str], ...]  # (what is made, what it needs, command); F is the folder of all these files
 
 BASE = "s2r/toy/base"  # relative to the root of the repository, where every command runs
-BUILD = "-m s2r.stage0.build --rollouts F/base.rollouts.jsonl --keep 1 0.5 0.3 0.3"
-SFT = f"""train_sft.py --model {BASE} --lr 2e-3 --warmup 5 --batch-size 32 --kl 0.01 --max-length 1024
+BUILD = "-m s2r.stage0.build --rollouts F/base.rollouts.jsonl"
+LONGEST = 480  # tokens of a response: 7 trials with 5 gaps, all 8 rows with 3
+SFT = f"""train_sft.py --model {BASE} --lr 5e-4 --warmup 5 --batch-size 32 --kl 0.01 --max-length 1024
     --save-every 200 --tokens-per-microbatch 8192 --resume"""
-RL = """train_rl.py --model F/sft --problems 32 --rollouts 4 --updates 2 --temperature 0.7 --beta 0.01 --epsilon 0.2
-    --lr 5e-5 --warmup 5 --steps 40 --max-new-tokens 320 --save-every 50 --show-every 10
+RL = f"""train_rl.py --model F/sft --problems 64 --rollouts 4 --updates 1 --temperature 0.7 --beta 0.01 --epsilon 0.2
+    --lr 1e-4 --warmup 5 --steps 20 --max-new-tokens {LONGEST} --save-every 50 --show-every 10
     --tokens-per-microbatch 8192 --resume"""
-MODELS = ("base", "sft", "rl-outcome", "rl-process")
+MODELS = ("base", "sft", "sft-plus", "rl-outcome", "rl-process")
 
 
 def evaluation(model: str) -> tuple[str, str, str]:
-    """The stage that evaluates a model on F/test.jsonl and makes MODEL.json."""
+    """The stage that evaluates a model on F/test.jsonl; it makes MODEL.json, and MODEL.test.jsonl with the rollouts."""
     folder, need = (BASE, "train.jsonl") if model == "base" else (f"F/{model}", model)
-    command = f"sample.py --model {folder} --data F/test.jsonl --report F/{model}.json"
-    return f"{model}.json", need, f"{command} --temperature 0 --max-new-tokens 320"
+    command = f"sample.py --model {folder} --data F/test.jsonl --out F/{model}.test.jsonl --report F/{model}.json"
+    return f"{model}.json", need, f"{command} --temperature 0 --max-new-tokens {LONGEST}"
 
 
 PLAN: Plan = (
@@ -43,7 +42,9 @@ PLAN: Plan = (
         "-m s2r.toy.world --rollouts F/base.rollouts.jsonl --out F/verifications.jsonl"),
     ("trajectories.jsonl", "verifications.jsonl",
         f"{BUILD} --verifications F/verifications.jsonl --out F/trajectories.jsonl"),
-    ("sft", "trajectories.jsonl", f"{SFT} --data F/trajectories.jsonl --out F/sft --epochs 3"),
+    ("sft", "trajectories.jsonl", f"{SFT} --data F/trajectories.jsonl --out F/sft --epochs 5"),
+    # The control of RL: SFT alone, for at least as many updates as SFT and RL make together.
+    ("sft-plus", "trajectories.jsonl", f"{SFT} --data F/trajectories.jsonl --out F/sft-plus --epochs 6"),
     ("rl-outcome", "sft", f"{RL} --data F/train.jsonl --out F/rl-outcome --level outcome"),
     ("rl-process", "sft", f"{RL} --data F/train.jsonl --out F/rl-process --level process"),
     *map(evaluation, MODELS),
@@ -72,10 +73,6 @@ def main(cfg: Config) -> None:
     reports = {model: json.loads(Path(cfg.folder, f"{model}.json").read_text()) for model in MODELS}
     print(f"\n{cfg.folder}/test.jsonl, greedy; fractions in per cent (s2r/metrics.py explains the columns)\n")
     print(table(reports))
-    for name in ("rl-outcome", "rl-process"):
-        reward = [row["reward"] for row in read_jsonl(f"{cfg.folder}/{name}/log.jsonl")]
-        first, last = mean(reward[:10]), mean(reward[-10:])
-        print(f"\n{name}: mean reward {first:.3f} in the first ten steps, {last:.3f} in the last ten")
 
 
 if __name__ == "__main__":

@@ -1,48 +1,64 @@
-"""The paper's qualitative findings, tried in the toy world over several seeds. `PAGE` says what is compared.
+"""The paper's qualitative findings, and controls, in the toy world over several seeds. `PAGE` says what is compared.
 
-    python -m s2r.toy.findings               an hour on two cores; what is made is not made again
+    python -m s2r.toy.findings               20 minutes a seed on two cores; what is made is not made again
 
 A seed has its own problems, samples and training runs; the base model is the same. No setting is tuned for a finding.
+The reports of a seed go to docs/findings/seed-N, small files that are kept. A seed that is there is not run again.
 """
 
 import json
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 from s2r.data import check_output, read_jsonl, write_jsonl
 from s2r.run.flags import check, start
 from s2r.run.stages import make
-from s2r.toy.__main__ import BUILD, MODELS, PLAN, RL, SFT, Plan, evaluation, stages
-from s2r.view.report import interval
+from s2r.toy.__main__ import BASE, BUILD, LONGEST, MODELS, PLAN, RL, SFT, Plan, evaluation, stages
+from s2r.toy.audit import mark
+from s2r.view.report import interval, mcnemar
 
-COLUMNS = ("accuracy", "first_accuracy", "trials", "va", "va_right", "er", "cp", "icr", "cir")
 PAGE = """\
 # The paper's findings in the toy world
 
 Which of the paper's qualitative findings hold in the toy world? Every number is mean ± half the width of the
 95 % interval over {seeds} seeds (t distribution). Each finding is a difference, positive in the paper. It holds
-if its interval lies above zero, fails if its interval lies below, and is undecided otherwise.
-This toy world is being replaced: its candidates stand in the prompt, so correcting is elimination.
+if its interval lies above zero, fails if its interval lies below, and is undecided otherwise. The last column counts
+seeds whose gain or loss is significant by itself: McNemar's test on the same 1,000 problems, p < 0.05, two-sided.
+One base model serves all seeds, so the intervals leave its variation out.
 
-The paper's numbers are those of Qwen2.5-Math-7B on MATH500. Fractions are in per cent; `s2r/metrics.py`
-explains the columns. Made by `python -m s2r.toy.findings --seeds {seeds}`, commit {commit}.
-
-{findings}
-
-{models}
+The paper's numbers are those of Qwen2.5-Math-7B on MATH500. Fractions are in per cent. `s2r/metrics.py` explains the
+columns; `sound` is the fraction of true verdicts whose check is right for the right reason (`s2r/toy/audit.py`).
+Made by `python -m s2r.toy.findings --seeds {seeds}`, commit {commit}. [What was tried before](findings/settled.md).
 """
+ALL = """All models. `sft-plus` is the control of RL: SFT for at least as many updates as SFT and RL. `rl-solve-only` is
+outcome RL of the base, whose answers have no checks. `base-majority` and `base-checked` sample as many answers of
+the base model as have the tokens of a mean response after outcome RL. The first takes the most frequent answer. The second
+is right if one of them is, as if a perfect checker chose."""
+LENGTH = f"Accuracy if only the first k trials count. {LONGEST} tokens, the limit, admit 7 trials with five gaps."
+LEVEL = "Accuracy and trials by level, which is the number of gaps less 1."
+AUDIT = "Fraction of sound checks among those with a true verdict: first checks of a response, second ones, and so on."
 
 # Claim, the paper's numbers, the value compared, the models with more and with less of it.
 FINDINGS = (
     ("SFT beats the base: accuracy", "51.0 → 81.6", "accuracy", "sft", "base"),
     ("outcome RL beats SFT: accuracy", "81.6 → 84.4", "accuracy", "rl-outcome", "sft"),
     ("process RL beats SFT: accuracy", "81.6 → 83.4", "accuracy", "rl-process", "sft"),
+    ("control: outcome RL beats SFT+: accuracy", "–", "accuracy", "rl-outcome", "sft-plus"),
+    ("control: process RL beats SFT+: accuracy", "–", "accuracy", "rl-process", "sft-plus"),
+    ("control: outcome RL beats RL without checks: accuracy", "–", "accuracy", "rl-outcome", "rl-solve-only"),
+    ("control: outcome RL beats a majority vote of the base, equal tokens", "–", "accuracy", "rl-outcome",
+     "base-majority"),
+    ("control: outcome RL beats base samples with a perfect checker, equal tokens", "–", "accuracy", "rl-outcome",
+     "base-checked"),
     ("masked SFT beats unmasked: accuracy", "–", "accuracy", "sft", "sft-unmasked"),
     ("more trials on harder problems, after outcome RL", "1.05 → 2.15", "harder", "rl-outcome", None),
     ("outcome RL raises ICR", "6.5 → 13.6", "icr", "rl-outcome", "sft"),
     ("process RL raises ICR", "6.5 → 12.2", "icr", "rl-process", "sft"),
     ("outcome RL lowers CIR (drop)", "2.0 → 1.0", "cir", "sft", "rl-outcome"),
     ("process RL lowers CIR (drop)", "2.0 → 1.5", "cir", "sft", "rl-process"),
+    ("process RL raises VA", "61.6 → 74.6", "va", "rl-process", "sft"),
     ("VA is higher after process than after outcome RL", "66.5 → 74.6", "va", "rl-process", "rl-outcome"),
     ("CP is higher after process than after outcome RL", "87.9 → 90.3", "cp", "rl-process", "rl-outcome"),
     ("accuracy is higher after outcome than after process RL", "83.4 → 84.4", "accuracy", "rl-outcome", "rl-process"),
@@ -50,64 +66,135 @@ FINDINGS = (
     ("offline process RL beats SFT: accuracy", "81.6 → 83.4", "accuracy", "offline-process", "sft"),
     ("problem-solving checks lean towards “correct”: VA on right − wrong answers, against confirmative",
      "14.8 → 34.5", "bias", "sft-solving", "sft"),
-    ("more SFT data help, at equal steps: all trajectories against 50", "–", "accuracy", "sft", "sft-50"),
+    ("more SFT data help, at equal steps: all trajectories against 200", "–", "accuracy", "sft", "sft-200"),
 )  # fmt: skip
 # What the findings need beyond the toy's own plan.
 TRAINED = (
-    ("sft-unmasked", "", f"{SFT} --data F/trajectories.jsonl --epochs 3 --unmasked"),
-    ("sft-solving", "trajectories-solving.jsonl", f"{SFT} --data F/trajectories-solving.jsonl --epochs 3"),
-    ("sft-50", "", f"{SFT} --data F/trajectories-50.jsonl --epochs 80"),  # about as many steps as all take in 3
+    ("rl-solve-only", "", f"{RL.replace('F/sft', BASE)} --data F/train.jsonl --level outcome"),
+    ("sft-unmasked", "", f"{SFT} --data F/trajectories.jsonl --epochs 5 --unmasked"),
+    ("sft-solving", "trajectories-solving.jsonl", f"{SFT} --data F/trajectories-solving.jsonl --epochs 5"),
     *[(f"offline-{level}", "sft.rollouts.jsonl", f"{RL} --offline F/sft.rollouts.jsonl --level {level}")
       for level in ("outcome", "process")],
+    ("sft-200", "", f"{SFT} --data F/trajectories-200.jsonl --epochs 46"),  # about as many updates as SFT
 )  # fmt: skip
 ABLATIONS: Plan = (
     ("verifications-solving.jsonl", "", """-m s2r.toy.world --style solving --rollouts F/base.rollouts.jsonl
         --out F/verifications-solving.jsonl"""),
     ("trajectories-solving.jsonl", "verifications-solving.jsonl",
         f"{BUILD} --verifications F/verifications-solving.jsonl --out F/trajectories-solving.jsonl"),
-    ("sft.rollouts.jsonl", "", """sample.py --model F/sft --data F/train.jsonl --out F/sft.rollouts.jsonl
-        --limit 1000 --n 8 --temperature 0.7 --max-new-tokens 320 --show 0"""),
+    ("sft.rollouts.jsonl", "", f"""sample.py --model F/sft --data F/train.jsonl --out F/sft.rollouts.jsonl
+        --limit 1000 --n 8 --temperature 0.7 --max-new-tokens {LONGEST} --show 0"""),
+    ("base.votes.jsonl", "", f"""sample.py --model {BASE} --data F/test.jsonl --out F/base.votes.jsonl
+        --n 32 --temperature 0.7 --max-new-tokens 32 --show 0"""),
     *[(name, needs, f"{command} --out F/{name}") for name, needs, command in TRAINED],
     *[evaluation(name) for name, _, _ in TRAINED],
 )  # fmt: skip
+REPORTS = (*MODELS, *(name for name, _, _ in TRAINED))  # of sample.py
+
+
+CHECKING = tuple(name for name in REPORTS if not name.startswith(("base", "rl-solve")))
+VOTES = ("base-majority", "base-checked")
+TABLES = (  # what a table shows, its rows, its columns as `value` takes them
+    (ALL, (*REPORTS, *VOTES), "accuracy first_accuracy trials va va_right er cp icr cir sound finished tokens"),
+    (LENGTH, CHECKING, "after.1 after.2 after.4 after.8"),
+    (LEVEL, MODELS, " ".join(f"by_level.{level}.{name}" for name in ("accuracy", "trials") for level in (1, 2, 3, 4))),
+    (AUDIT, CHECKING, " ".join(f"sound_by_trial.{number}" for number in (1, 2, 3, 4, 5))),
+)
+
+
+def extended(report: dict, rows: list[dict]) -> dict:
+    """A report with more about its rollouts.
+
+    "right": "1" or "0" for each problem. "after": accuracy if only the first k solves count, by k. "sound…": the audit.
+    """
+    solves = [[action["reward"] > 0 for action in row["actions"] if action["kind"] == "solve"] for row in rows]
+    after = {str(k): mean(bool(row) and row[min(k, len(row)) - 1] for row in solves) for k in (1, 2, 4, 8)}
+    faults = mark(rows)
+    total = sum(faults.values(), Counter())
+    return report | {
+        "right": bits(row["reward"] > 0 for row in rows), "after": after,
+        "sound": total[""] / total.total() if total else None,
+        "sound_by_trial": {str(number): count[""] / count.total() for number, count in sorted(faults.items())},
+    }  # fmt: skip
+
+
+def bits(values) -> str:
+    return "".join("01"[value] for value in values)
+
+
+def voted(rows: list[dict], tokens: float) -> dict[str, dict]:
+    """Reports of k answers of the base model per problem; k of them have at most so many tokens in the mean."""
+    problems = defaultdict(list)
+    for row in rows:
+        problems[row["unique_id"]].append((row["actions"][0].get("answer"), row["reward"] > 0))
+    length = mean(len(row["ids"]) for row in rows)
+    k = min(int(tokens / length), *map(len, problems.values()))
+    first = [samples[:k] for samples in problems.values()]
+    most = [Counter(row).most_common(1)[0][0][1] for row in first]  # a tie goes to the earlier answer
+    found = zip(VOTES, (most, [any(right for _, right in row) for row in first]))
+    return {name: {"accuracy": mean(r), "right": bits(r), "tokens": k * length, "k": k} for name, r in found}
+
+
+def reports(folder: str) -> dict[str, dict]:
+    """Reports of all models of a seed, from what the stages left in its folder."""
+    found = {name: json.loads(Path(folder, f"{name}.json").read_text()) for name in REPORTS}
+    found = {name: extended(report, read_jsonl(f"{folder}/{name}.test.jsonl")) for name, report in found.items()}
+    return found | voted(read_jsonl(f"{folder}/base.votes.jsonl"), found["rl-outcome"]["tokens"])
 
 
 def value(report: dict, name: str) -> float | None:
-    """A number of a report, fractions in per cent; None where the report has none.
+    """A number of a report, fractions in per cent; None where the report has none. A dot leads into a part of it.
 
-    "harder": trials at the hardest level less those at the easiest. "bias": VA on right answers less VA on wrong ones.
+    "harder": trials at the hardest level less those at the easiest. "bias": VA on right less VA on wrong answers.
     """
     if name == "harder":
         levels = report["by_level"]
         return levels[max(levels)]["trials"] - levels[min(levels)]["trials"]
     if name == "bias":
         return 100 * (report["va_right"] - report["er"])
-    return report[name] if name == "trials" or report[name] is None else 100 * report[name]
+    found = report
+    for key in name.split("."):
+        found = (found or {}).get(key)
+    return found if found is None or name.endswith(("trials", "tokens")) else 100 * found
+
+
+def cell(values: list[float | None], digits: int) -> str:
+    return "–" if None in values else "{:.{d}f} ± {:.{d}f}".format(*interval(values), d=digits)
+
+
+def grid(lines: list[list[str]]) -> str:
+    """A Markdown table; the first line is its head."""
+    rows = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([rows[0], "|---" * len(lines[0]) + "|", *rows[1:]])
 
 
 def page(seeds: list[dict[str, dict]], commit: str) -> str:
-    """PAGE with its tables; `seeds` holds for each seed: name of a model -> what sample.py --report wrote."""
-    findings = ["| finding | paper | toy: difference | |", "|---|---|---|---|"]
-    for claim, paper, name, more, less in FINDINGS:
+    """PAGE and its tables, of the models that every seed has; `seeds` holds for each: name of a model -> its report."""
+    made = set.intersection(*map(set, seeds))
+    findings = [["finding", "paper", "toy: difference", "", "seeds significant"]]
+    for claim, paper, name, more, less in [row for row in FINDINGS if {row[3], row[4] or row[3]} <= made]:
         differences = [value(r[more], name) - (value(r[less], name) if less else 0) for r in seeds]
         middle, half = interval(differences)
         holds = "holds" if middle > half else "fails" if middle < -half else "undecided"
-        findings.append(f"| {claim} | {paper} | {middle:+.2f} ± {half:.2f} | {holds} |")
-    models = [f"| | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for model in seeds[0]:
-        cells = [model]
-        for name in COLUMNS:
-            values, digits = [value(r[model], name) for r in seeds], 2 if name == "trials" else 1
-            cells.append("–" if None in values else "{:.{d}f} ± {:.{d}f}".format(*interval(values), d=digits))
-        models.append(f"| {' | '.join(cells)} |")
-    return PAGE.format(seeds=len(seeds), commit=commit, findings="\n".join(findings), models="\n".join(models))
+        tests = [mcnemar(r[more]["right"], r[less]["right"]) for r in seeds] if name == "accuracy" else []
+        up, down = (sum(p < 0.05 and sign * (gained - lost) > 0 for gained, lost, p in tests) for sign in (1, -1))
+        findings.append([claim, paper, f"{middle:+.2f} ± {half:.2f}", holds, f"{up} up, {down} down" if tests else ""])
+    parts = [PAGE.format(seeds=len(seeds), commit=commit) + "\n" + grid(findings)]
+    for text, models, names in TABLES:
+        lines = [["", *names.split()]]
+        for model in filter(made.__contains__, models):
+            columns = [[value(r[model], name) for r in seeds] for name in names.split()]
+            digits = [2 if name.endswith("trials") else 0 if name == "tokens" else 1 for name in names.split()]
+            lines.append([model, *map(cell, columns, digits)])
+        parts.append(text + "\n\n" + grid(lines))
+    return "\n\n".join(parts) + "\n"
 
 
 @dataclass(frozen=True)
 class Config:
     folder: str = "runs/findings"  # where the runs go, a folder for each seed
-    seeds: int = 3  # how many, two or more
-    out: str = "docs/findings.md"  # page to write, Markdown
+    seeds: int = 5  # how many, two or more
+    out: str = "docs/findings.md"  # page to write, Markdown; the reports go to the folder of this name
 
 
 def main(cfg: Config) -> None:
@@ -115,15 +202,20 @@ def main(cfg: Config) -> None:
     if cfg.seeds < 2:
         raise ValueError(f"--seeds {cfg.seeds}: an interval needs two or more")
     check_output(cfg.out)
-    folders = [f"{cfg.folder}/seed-{seed}" for seed in range(cfg.seeds)]
-    make([stage for seed, folder in enumerate(folders) for stage in stages(PLAN, folder, seed)])
-    for folder in folders:
-        write_jsonl(f"{folder}/trajectories-50.jsonl", read_jsonl(f"{folder}/trajectories.jsonl")[:50])
-    make([stage for seed, folder in enumerate(folders) for stage in stages(ABLATIONS, folder, seed)])
-    names = [*MODELS, *(name for name, _, _ in TRAINED)]
-    seeds = [{name: json.loads(Path(folder, f"{name}.json").read_text()) for name in names} for folder in folders]
-    commit = json.loads(Path(folders[0], "sft/run.json").read_text())["commit"]
-    text = page(seeds, commit[:7])
+    kept = [Path(cfg.out).with_suffix("") / f"seed-{seed}" for seed in range(cfg.seeds)]
+    folders = {seed: f"{cfg.folder}/seed-{seed}" for seed, path in enumerate(kept)
+               if not all((path / f"{name}.json").exists() for name in TABLES[0][1])}  # fmt: skip
+    make([stage for seed, folder in folders.items() for stage in stages(PLAN, folder, seed)])
+    for folder in folders.values():
+        write_jsonl(f"{folder}/trajectories-200.jsonl", read_jsonl(f"{folder}/trajectories.jsonl")[:200])
+    for seed, folder in folders.items():
+        make(stages(ABLATIONS, folder, seed))
+        commit = json.loads(Path(folder, "sft/run.json").read_text())["commit"]
+        kept[seed].mkdir(parents=True, exist_ok=True)
+        for name, report in reports(folder).items():
+            (kept[seed] / f"{name}.json").write_text(json.dumps(report | {"commit": commit}, indent=1) + "\n")
+    seeds = [{path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")} for folder in kept]
+    text = page(seeds, seeds[0]["sft"]["commit"][:7])
     print(f"\n{text}")
     Path(cfg.out).write_text(text, encoding="utf-8")
 

@@ -1,10 +1,10 @@
-r"""The toy world: arithmetic problems, and a rule that checks answers to them.
+r"""The toy world: find the signs, and a rule that checks an answer by adding up.
 
-    Eggs go in boxes of 7. Which number of eggs fills its boxes: 4315, 2886 or 3024?      a = 7, x = 3024
+    Put plus or minus in the gaps: 62 _ 7 _ 11 _ 5 = 53.        62 plus 7 minus 11 minus 5 is 53
 
-Exactly one of the numbers, x, is a multiple of a. *Finding* x is hard for the toy model: it answers at once, without
-scratch work, and is right about half the time. *Checking* a number is easy, because long division goes digit by
-digit: "3 leaves 3, 30 leaves 2, 22 leaves 1, 14 leaves 0". S²R needs this gap: check, and if it is wrong, try again.
+Exactly one row of signs is right. *Finding* it is a search: with g gaps there are 2^g rows. *Checking* a row is adding
+up from left to right: "62 plus 7 is 69, 69 minus 11 is 58, 58 minus 5 is 53". S²R needs this gap: check, and if the row
+is wrong, try another. The answer is the row in words, `\boxed{plus minus minus}`.
 
     python -m s2r.toy.world --folder F                         writes problems: F/train.jsonl and F/test.jsonl
     python -m s2r.toy.world --rollouts R.jsonl --out V.jsonl   writes checks of the answers in R, for s2r.stage0.build
@@ -14,6 +14,7 @@ import random
 import re
 import zlib
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -23,102 +24,103 @@ from s2r.run.flags import check, start
 from s2r.stage0.build import read_rollouts
 from s2r.stage0.verifications import wanted
 
-TEMPLATES = (
-    "Which number is a multiple of {a}: {xs}?",
-    "Eggs go in boxes of {a}. Which number of eggs fills its boxes: {xs}?",
-    "Chairs stand in rows of {a}. Which number of chairs leaves none over: {xs}?",
-    "{a} children share sweets. Which number of sweets can they share evenly: {xs}?",
-)
-PATTERNS = [
-    re.compile(re.escape(t).replace(r"\{a\}", r"(?P<a>\d+)").replace(r"\{xs\}", r"(?P<xs>\d[\d, or]*)"))
-    for t in TEMPLATES
-]
-DIVISORS = range(2, 10)
-LEVELS = {1: 2, 2: 3, 3: 4, 4: 5}  # difficulty of a problem -> how many numbers it names
-NUMBERS = range(1000, 10_000)  # that a problem can name
+PROBLEM = re.compile(r"Put plus or minus in the gaps: (\d+(?: _ \d+)+) = (\d+)\.")
+FIRST, OTHERS = range(60, 90), range(1, 13)  # so that no total is below 0
+GAPS = range(2, 6)  # of a puzzle; its difficulty is their number less 1
+SIGNS = {"plus": 1, "minus": -1}
 
 
 @dataclass(frozen=True)
-class Question:
-    """Which of xs is a multiple of a? Exactly one of them is."""
+class Puzzle:
+    """Which signs between the numbers xs give the target? Exactly one row does."""
 
-    a: int
     xs: tuple[int, ...]
-    template: str  # its wording
+    row: tuple[str, ...]  # the right signs, one fewer than numbers
 
     @property
-    def x(self) -> int:
-        return next(x for x in self.xs if x % self.a == 0)
+    def target(self) -> int:
+        return total(self.xs, self.row)
 
     @property
     def text(self) -> str:
-        *first, last = map(str, self.xs)
-        return self.template.format(a=self.a, xs=f"{', '.join(first)} or {last}")
+        return f"Put plus or minus in the gaps: {' _ '.join(map(str, self.xs))} = {self.target}."
 
 
-def held_out(a: int, x: int) -> bool:
-    """Whether questions with divisor a and answer x are test questions, in any wording; one pair in ten is."""
-    return zlib.crc32(f"{a} {x}".encode()) % 10 == 0
+def total(xs: tuple[int, ...], row: tuple[str, ...]) -> int:
+    return xs[0] + sum(SIGNS[sign] * x for sign, x in zip(row, xs[1:], strict=True))
 
 
-def question(rng: random.Random, test: bool = False, level: int | None = None) -> Question:
-    """A random question of the training or the test set, of one level, or of any level (None)."""
-    a, xs = rng.choice(DIVISORS), []
-    count = LEVELS[level] if level else rng.choice(list(LEVELS.values()))
-    while len(xs) < count:
-        x = rng.choice(NUMBERS)
-        new = x // 1000 not in [y // 1000 for y in xs]  # the first digit tells the numbers apart
-        if new and (x % a if xs else x % a == 0 and held_out(a, x) == test):
-            xs.append(x)
-    rng.shuffle(xs)
-    return Question(a, tuple(xs), rng.choice(TEMPLATES))
+def rows(gaps: int) -> list[tuple[str, ...]]:
+    """All rows of signs for so many gaps."""
+    return list(product(SIGNS, repeat=gaps))
+
+
+def held_out(xs: tuple[int, ...]) -> bool:
+    """Whether puzzles with these numbers, in any order, are test puzzles; one in ten is."""
+    return zlib.crc32(" ".join(map(str, sorted(xs))).encode()) % 10 == 0
+
+
+def puzzle(rng: random.Random, test: bool = False, gaps: int | None = None) -> Puzzle:
+    """A random puzzle of the training or the test set, with so many gaps, or any of GAPS (None)."""
+    gaps = gaps or rng.choice(GAPS)
+    while True:
+        xs = (rng.choice(FIRST), *rng.sample(OTHERS, gaps))
+        row = rng.choice(rows(gaps))
+        if held_out(xs) == test and [total(xs, other) for other in rows(gaps)].count(total(xs, row)) == 1:
+            return Puzzle(xs, row)
 
 
 def write_problems(folder: str | Path, *, train: int = 4000, test: int = 1000, seed: int) -> None:
-    """Problem files, all levels equally often, no question twice. `train.jsonl` is last: then both are there."""
+    """Problem files, all levels equally often, no puzzle twice. `train.jsonl` is last: then both are there."""
     for name, size in (("test", test), ("train", train)):
-        rng, rows = random.Random(f"{seed} {name}"), {}
-        while len(rows) < size:
-            i, level = len(rows), 1 + len(rows) % len(LEVELS)
-            q = question(rng, name == "test", level)
-            row = {"problem": q.text, "answer": str(q.x), "level": level, "unique_id": f"toy/{name}/{i}"}
-            rows.setdefault(q.text, row)
-        write_jsonl(Path(folder) / f"{name}.jsonl", rows.values())
+        rng, found = random.Random(f"{seed} {name}"), {}
+        while len(found) < size:
+            i = len(found)
+            p = puzzle(rng, name == "test", GAPS[i % len(GAPS)])
+            row = {"problem": p.text, "answer": " ".join(p.row), "level": len(p.row) - 1, "unique_id": f"toy/{name}/{i}"}
+            found.setdefault(p.text, row)
+        write_jsonl(Path(folder) / f"{name}.jsonl", found.values())
 
 
-def solve(x: int) -> str:
-    """An attempt with answer x: the answer, straight away."""
-    return rf"It is \boxed{{{x}}}."
+def solve(row: tuple[str, ...]) -> str:
+    """An attempt: the row of signs, straight away."""
+    return rf"The signs are \boxed{{{' '.join(row)}}}."
 
 
-def divide(a: int, x: int) -> str:
-    """Long division of x by a: "Divide 483 by 7: 4 leaves 4, 48 leaves 6, 63 leaves 0. Nothing remains."."""
-    steps, rest = [], 0
-    for digit in str(x):
-        part = 10 * rest + int(digit)
-        rest = part % a
-        steps.append(f"{part} leaves {rest}")
-    return f"Divide {x} by {a}: {', '.join(steps)}. {'Something' if rest else 'Nothing'} remains."
+def add_up(xs: tuple[int, ...], row: tuple[str, ...]) -> str:
+    """Adding up from left to right: "62 plus 7 is 69, 69 minus 11 is 58."."""
+    totals = [total(xs[: i + 1], row[:i]) for i in range(len(xs))]
+    steps = [f"{a} {sign} {x} is {b}" for a, sign, x, b in zip(totals, row, xs[1:], totals[1:])]
+    return ", ".join(steps) + "."
+
+
+def name(target: int) -> str:
+    return f"The target is {target}."
+
+
+def compare(a: int, b: int) -> str:
+    return f"{a} and {b} are {'the same' if a == b else 'different'}."
 
 
 def verify(problem: str, answer: str | None, style: str = "confirmative") -> tuple[str, str]:
     """A check of any answer by rule: its text, and its verdict, which is true.
 
-    "confirmative" divides the answer; "solving", which the paper rejects, finds x again and compares. Raises
-    ValueError for a problem of another world.
+    "confirmative" adds up; "solving", which the paper rejects, finds the signs again and compares. Raises ValueError
+    for a problem of another world.
     """
-    found = next(filter(None, (pattern.fullmatch(problem) for pattern in PATTERNS)), None)
+    found = PROBLEM.fullmatch(problem)
     if found is None:
         raise ValueError(f"not a problem of the toy world, so its rule cannot check answers to it: {problem!r}")
-    a, xs = int(found["a"]), re.findall(r"\d+", found["xs"])
-    if answer not in xs:
-        return f"This is not one of the numbers. {VERDICT_SENTENCE['incorrect']}", "incorrect"
-    verdict = "incorrect" if int(answer) % a else "correct"
+    xs, target = tuple(map(int, found[1].split(" _ "))), int(found[2])
+    row = tuple((answer or "").split(" "))
+    if row not in rows(len(xs) - 1):
+        return f"This is not one sign for each gap. {VERDICT_SENTENCE['incorrect']}", "incorrect"
+    verdict = "correct" if total(xs, row) == target else "incorrect"
     if style == "solving":
-        x = next(x for x in xs if int(x) % a == 0)
-        work = f"Solve it again: it is {x}, {'the same number' if x == answer else 'another number'}."
+        right = next(r for r in rows(len(row)) if total(xs, r) == target)
+        work = f"Solve it again: the signs are {' '.join(right)}, {'the same' if right == row else 'different'}."
     else:
-        work = divide(a, int(answer))
+        work = f"Add up: {add_up(xs, row)} {name(target)} {compare(total(xs, row), target)}"
     return f"{work} {VERDICT_SENTENCE[verdict]}", verdict
 
 

@@ -20,7 +20,7 @@ from s2r.rl import online_credit
 from s2r.rollouts import Trajectory, load_rollouts
 from s2r.run.flags import start
 
-FILTERS = ("corrected", "spoiled", "missed", "false alarm", "cut off")
+FILTERS = ("corrected", "spoiled", "missed", "false alarm", "right verdict, wrong reason", "cut off")
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ def labels(trajectory: Trajectory) -> list[str]:
         "spoiled": first and not last,
         "missed": ("incorrect", "correct") in checks,
         "false alarm": ("correct", "incorrect") in checks,
+        "right verdict, wrong reason": any(a.sound is False and a.verdict == a.truth for a in trajectory.actions),
         "cut off": not trajectory.finished,
     }
     return [name for name in FILTERS if holds[name]]

@@ -6,12 +6,14 @@
     base            100.0           100.0    1.00      –         –      –      –     –  0.0     100.0      12
     after SFT        50.0             0.0    1.50  100.0     100.0  100.0  100.0  50.0    –     100.0       0
 
-s2r/metrics.py defines the columns. The scripts print `table`; `interval` is for the toy world's findings.
+s2r/metrics.py defines the columns. The scripts print `table`; `interval` and `mcnemar` are for the
+toy world's findings.
 """
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import comb
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -86,6 +88,19 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
     t = float(findroot(excess, (1.9, 13), solver="anderson"))  # 12.7 for 2 values, 2.78 for 5, 1.96 for very many
     return mean(values), t * error
+
+
+def mcnemar(after: Sequence, before: Sequence) -> tuple[int, int, float]:
+    """Of the same problems, how many only `after` solves, how many only `before`, and the two-sided p of McNemar's test.
+
+    The test is exact: if neither is better, each problem that one of them solves is a toss of a fair coin. Both are
+    sequences of as many entries, "1" or True where the problem is solved.
+    """
+    pairs = [(x in ("1", True), y in ("1", True)) for x, y in zip(after, before, strict=True)]
+    gained, lost = pairs.count((True, False)), pairs.count((False, True))
+    tosses = gained + lost
+    tail = sum(comb(tosses, i) for i in range(min(gained, lost) + 1)) / 2**tosses
+    return gained, lost, min(1.0, 2 * tail)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,39 @@
+"""The reason audit: which checks of the toy world are right for the right reason."""
+
+import pytest
+
+from s2r.data import read_jsonl, write_jsonl
+from s2r.grammar import VERIFY_OPENING
+from s2r.toy import audit
+
+PROBLEM = "Put plus or minus in the gaps: 62 _ 7 _ 11 = 58."  # plus minus
+SUMS, END = "Add up: 62 plus 7 is 69, 69 minus 11 is 58.", "The target is 58. 58 and 58 are the same."
+
+
+@pytest.mark.parametrize("answer, check, fault", [
+    ("plus minus", f"{SUMS} {END} Therefore, the answer is correct.", ""),
+    ("plus plus", f"{SUMS} {END} Therefore, the answer is correct.", "other signs than the answer's"),
+    (None, f"{SUMS} {END} Therefore, the answer is correct.", "other signs than the answer's"),
+    ("plus minus", f"{SUMS.replace('7', '8')} {END} Therefore, the answer is correct.", "other numbers than the puzzle's"),
+    ("plus minus", f"{SUMS.replace('69 minus', '68 minus')} {END} Therefore, the answer is correct.", "other numbers than the puzzle's"),
+    ("plus minus", "Add up: 62 plus 7 is 70, 70 minus 11 is 59. The target is 58. 59 and 58 are different. Therefore, the answer is "
+     "incorrect.", "a wrong sum"),
+    ("plus minus", f"{SUMS} The target is 60. 58 and 60 are different. Therefore, the answer is incorrect.", "a wrong comparison"),
+    ("plus minus", f"{SUMS} The target is 58. 58 and 58 are different. Therefore, the answer is incorrect.", "a wrong comparison"),
+    ("plus minus", f"{SUMS} {END} Therefore, the answer is incorrect.", "a verdict that does not follow"),
+    ("plus minus", "Therefore, the answer is correct.", "other signs than the answer's"),
+])
+def test_fault_names_the_first_thing_wrong(answer, check, fault):
+    assert audit.fault(PROBLEM, answer, f"{VERIFY_OPENING} {check}\n\n") == fault
+
+
+def test_command_marks_sound_checks_and_counts_true_verdicts(tmp_path, capsys):
+    sound, lucky = f"{SUMS} {END} Therefore, the answer is correct.", "Add up: 62 plus 7 is 58. Therefore, the answer is correct."
+    rows = [{"unique_id": str(i), "problem": PROBLEM, "answer": "plus minus", "finished": True,
+             "text": f"The signs are \\boxed{{plus minus}}.\n\n{VERIFY_OPENING} {check}", "actions": [
+                 {"kind": "solve", "answer": "plus minus", "reward": 1}, {"kind": "verify", "verdict": "correct", "reward": 1}]}
+            for i, check in enumerate((sound, lucky))]
+    write_jsonl(tmp_path / "r.jsonl", rows)
+    audit.main(audit.Config([str(tmp_path / "r.jsonl")]))
+    assert [row["actions"][1]["sound"] for row in read_jsonl(tmp_path / "r.jsonl")] == [True, False]
+    assert "2 checks with a true verdict, sound: 50.0 %" in capsys.readouterr().out
