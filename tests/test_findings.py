@@ -143,3 +143,11 @@ def test_main_writes_reports_and_page_and_runs_no_seed_twice(tmp_path, monkeypat
     assert not made and Path("out/findings.md").read_text() == text
     findings.main(findings.Config(seeds=3, out="out/findings.md"))
     assert made and all("seed-2" in str(path) for path in made)
+
+
+def test_published_page_is_what_the_kept_reports_give():
+    docs = Path(__file__).resolve().parents[1] / "docs"
+    folders = sorted((docs / "findings").glob("seed-*"))
+    seeds = [{path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")} for folder in folders]
+    published = (docs / "findings.md").read_text(encoding="utf-8")
+    assert findings.page(seeds, seeds[0]["sft"]["commit"][:7]) == published

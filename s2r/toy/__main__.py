@@ -20,23 +20,23 @@ BASE = "s2r/toy/base"  # relative to the root of the repository, where every com
 BUILD = "-m s2r.stage0.build --rollouts F/base.rollouts.jsonl"
 LONGEST = 480  # tokens of a response: 7 trials with 5 gaps, all 8 rows with 3
 SFT = f"""train_sft.py --model {BASE} --lr 5e-4 --warmup 5 --batch-size 32 --kl 0.01 --max-length 1024
-    --save-every 200 --tokens-per-microbatch 8192 --resume"""
+    --save-every 200 --tokens-per-microbatch 8192 --device cpu --resume"""
 RL = f"""train_rl.py --model F/sft --problems 64 --rollouts 4 --updates 1 --temperature 0.7 --beta 0.01 --epsilon 0.2
     --lr 1e-4 --warmup 5 --steps 20 --max-new-tokens {LONGEST} --save-every 50 --show-every 10
-    --tokens-per-microbatch 8192 --resume"""
+    --tokens-per-microbatch 8192 --device cpu --resume"""
 MODELS = ("base", "sft", "sft-plus", "rl-outcome", "rl-process")
 
 
 def evaluation(model: str) -> tuple[str, str, str]:
     """The stage that evaluates a model on F/test.jsonl; it makes MODEL.json, and MODEL.test.jsonl with the rollouts."""
     folder, need = (BASE, "train.jsonl") if model == "base" else (f"F/{model}", model)
-    command = f"sample.py --model {folder} --data F/test.jsonl --out F/{model}.test.jsonl --report F/{model}.json"
+    command = f"sample.py --device cpu --model {folder} --data F/test.jsonl --out F/{model}.test.jsonl --report F/{model}.json"
     return f"{model}.json", need, f"{command} --temperature 0 --max-new-tokens {LONGEST}"
 
 
 PLAN: Plan = (
     ("train.jsonl", "", "-m s2r.toy.world --folder F/"),  # and test.jsonl before it
-    ("base.rollouts.jsonl", "train.jsonl", f"""sample.py --model {BASE} --data F/train.jsonl
+    ("base.rollouts.jsonl", "train.jsonl", f"""sample.py --device cpu --model {BASE} --data F/train.jsonl
         --out F/base.rollouts.jsonl --n 5 --temperature 0.7 --max-new-tokens 32 --show 0"""),
     ("verifications.jsonl", "base.rollouts.jsonl",
         "-m s2r.toy.world --rollouts F/base.rollouts.jsonl --out F/verifications.jsonl"),

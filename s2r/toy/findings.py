@@ -82,9 +82,9 @@ ABLATIONS: Plan = (
         --out F/verifications-solving.jsonl"""),
     ("trajectories-solving.jsonl", "verifications-solving.jsonl",
         f"{BUILD} --verifications F/verifications-solving.jsonl --out F/trajectories-solving.jsonl"),
-    ("sft.rollouts.jsonl", "", f"""sample.py --model F/sft --data F/train.jsonl --out F/sft.rollouts.jsonl
+    ("sft.rollouts.jsonl", "", f"""sample.py --device cpu --model F/sft --data F/train.jsonl --out F/sft.rollouts.jsonl
         --limit 1000 --n 8 --temperature 0.7 --max-new-tokens {LONGEST} --show 0"""),
-    ("base.votes.jsonl", "", f"""sample.py --model {BASE} --data F/test.jsonl --out F/base.votes.jsonl
+    ("base.votes.jsonl", "", f"""sample.py --device cpu --model {BASE} --data F/test.jsonl --out F/base.votes.jsonl
         --n 32 --temperature 0.7 --max-new-tokens 32 --show 0"""),
     *[(name, needs, f"{command} --out F/{name}") for name, needs, command in TRAINED],
     *[evaluation(name) for name, _, _ in TRAINED],
