@@ -202,7 +202,7 @@ def part_sampler(small: bool) -> list[Row]:
         if name != "7B":
             one = seconds(lambda: run(64 if not small else 4, ids[:1], 1), 1)
             rows.append((f"{name}: one row, tokens/s", f"{(64 if not small else 4) / one:,.0f}", ""))
-        if name == "0.5B":
+        if name == "0.5B" and CUDA:
             graph = run(48 if not small else 4)
             replay, sampler._Rows._replay = sampler._Rows._replay, sampler._Rows._advance
             eager = run(48 if not small else 4)

@@ -152,7 +152,7 @@ def test_peft_reads_the_adapter(family, tmp_path):
 
 def test_a_model_without_lora_has_no_adapter_folder(base, tmp_path):
     Transformer.from_pretrained(base).save_pretrained(tmp_path)
-    assert not (tmp_path / "adapter").exists() and adapter.deltas(Transformer.from_pretrained(base)) == {}
+    assert not (tmp_path / "adapter").exists() and adapter.loras(Transformer.from_pretrained(base)) == {}
 
 
 # --- runs ---

@@ -120,7 +120,7 @@ def save(model, folder: str | Path, dtype: torch.dtype) -> None:
     if model.config.hf is None:
         raise ValueError("save_pretrained needs ModelConfig.hf, the config.json to write")
     folder.mkdir(parents=True, exist_ok=True)
-    weights, deltas = places(model), adapter.deltas(model)
+    weights, loras = places(model), adapter.loras(model)
     sizes = {name: p[start:end].numel() * dtype.itemsize for name, (p, start, end) in weights.items()}
     groups, room = [], 0
     for name, size in sizes.items():
@@ -140,12 +140,12 @@ def save(model, folder: str | Path, dtype: torch.dtype) -> None:
         for name in group:
             p, start, end = weights[name]
             weight = p.detach()[start:end]
-            if p in deltas:
-                weight = weight.float() + deltas[p](start, end)
+            if lora := loras.get(p):
+                weight = weight.float() + lora.scale * (lora.B[start:end] @ lora.A).detach()
             copies[name] = weight.to("cpu", dtype, copy=True).contiguous()
         save_file(copies, folder / file, {"format": "pt"})
-    if deltas:
-        adapter.save(model, folder / "adapter")
+    if loras:
+        adapter.save(weights, loras, folder / "adapter")
     hf = {key: value for key, value in model.config.hf.items() if key not in ("torch_dtype", "dtype")}
     hf["torch_dtype"] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
