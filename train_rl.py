@@ -40,7 +40,7 @@ class Config:
     baseline: Literal["position", "context", "context-only"] = "position"  # offline RL: which spans share b̂ (App. F)
     problems: int = 64  # N, problems per step (paper: 64)
     rollouts: int = 4  # M, rollouts per problem (paper: 4)
-    updates: int = 4  # optimizer updates per RL step, each on its own part of the rollouts (paper: 4)
+    updates: int = 4  # optimizer updates per RL step, each on the rollouts of its own problems (paper: 4)
     temperature: float = 0.7  # of sampling, and of every log-probability (paper: 0.7)
     beta: float = 0.05  # β, weight of the KL to π_ref in the advantage (paper: 0.05; 0.01 for Qwen2.5-Math-7B)
     epsilon: float = 0.2  # ε, clip range of the ratio (paper: 0.2)
@@ -100,11 +100,12 @@ def main(cfg: Config) -> None:
         # 2. Give each span its reward and baseline: the whole trajectory, or each of its actions.
         credits = credit(trajectories)
 
-        # 3. Split the rollouts over the updates; score them under π_old and π_ref; advantage of each span.
+        # 3. Split the problems over the updates; score the rollouts under π_old and π_ref; advantage of each span.
         updates = []
-        shuffled = order(len(trajectories), cfg.seed + 1, step)  # + 1: other permutations than those of the data
-        for rows in np.array_split(shuffled, cfg.updates):
-            part = [(trajectories[i], credits[i]) for i in rows]
+        shuffled = order(cfg.problems, cfg.seed + 1, step)  # + 1: other permutations than those of the data
+        groups = np.arange(len(trajectories)).reshape(-1, cfg.rollouts)[shuffled]  # (N, M)
+        for rows in np.array_split(groups, cfg.updates):
+            part = [(trajectories[i], credits[i]) for i in rows.flat]
             updates.append(score(part, ranks, old, reference, cfg))
         clock.lap("score")
 
@@ -147,8 +148,8 @@ def check_settings(cfg: Config) -> None:
         raise ValueError(f"--baseline {cfg.baseline}: it belongs to --offline; online, --level decides the baseline")
     if cfg.level == "outcome" and cfg.rollouts < 2 and not cfg.offline:
         raise ValueError("--rollouts 1: the leave-one-out baseline of the outcome level needs 2 or more")
-    if cfg.updates > cfg.problems * cfg.rollouts:
-        raise ValueError(f"--updates {cfg.updates}: a step has only {cfg.problems * cfg.rollouts} rollouts")
+    if cfg.updates > cfg.problems:
+        raise ValueError(f"--updates {cfg.updates}: a step has only {cfg.problems} problems")
 
 
 def online_source(cfg: Config, problems: list, sampler: loop.Sampler) -> tuple[Callable, Callable, list]:
@@ -200,7 +201,8 @@ def score(
     total, device = len(part), ranks.device
     part = [part[i] for i in ranks.share([len(t.prompt_ids) + len(t.ids) for t, _ in part])]
     out = []
-    for p in ranks.even(pack(*sequences([t for t, _ in part]), cfg.tokens_per_microbatch, device)):
+    prompts = [len(t.prompt_ids) for t, _ in part]
+    for p in ranks.even(pack(*sequences([t for t, _ in part]), cfg.tokens_per_microbatch, device, prompts)):
         span, reward, baseline, weight = rl.spans([part[row][1] for row in p.rows], total, device)
         logp_old, entropy = policy_logp(old, p, cfg.temperature)
         same = reference is None or reference is old  # β = 0, which needs no π_ref; or offline, where π_ref is π_old

@@ -5,8 +5,14 @@ A packed batch lays S sequences end to end in one flat array of T tokens; `cu_se
     tokens       a a a a b b c c c
     cu_seqlens   0       4   6     9
 
-No token sees another sequence, so there is nothing to pad and no mask to store. On a GPU the Triton kernels below run,
-elsewhere their PyTorch twins. Called by `s2r/model.py`.
+No token sees another sequence, so there is nothing to pad and no mask to store. A sequence may continue another one, its
+prefix, whose tokens it sees as well: the M responses to a problem need the keys of its prompt only once.
+
+    tokens       p p p a a b b b       prompt p, responses a and b
+    cu_seqlens   0     3   5     8
+    prefix       0     0   0           sequences 1 and 2 continue sequence 0, which continues none
+
+On a GPU the Triton kernels below run, elsewhere their PyTorch twins. Called by `s2r/model.py`.
 
 Maths, for one head, σ = 1/√E, causal inside each sequence:
 
@@ -37,15 +43,24 @@ from kernels import jit, tl, triton
 # ---- packed sequences: the PyTorch twin ----
 
 
-def attention_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+def attention_torch(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, prefix: torch.Tensor | None = None
+) -> torch.Tensor:
     """`attention` in PyTorch: one fused call per sequence, which on a CPU beats one call under a (T, T) mask."""
     group = q.shape[1] // k.shape[1]
     # One copy of k and v per query head here, because SDPA on the CPU is slower when it does the same itself.
     q, k, v = q.transpose(0, 1), *(x.repeat_interleave(group, dim=1).transpose(0, 1) for x in (k, v))  # (H, T, E)
     lengths = cu_seqlens.diff().tolist()
     # split, not slices: its backward is one concatenation, that of a slice a whole (H, T, E) of zeros per sequence.
-    parts = zip(*(x.split(lengths, dim=1) for x in (q, k, v)))
-    out = [F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True)[0] for q, k, v in parts]
+    q, k, v = (x.split(lengths, dim=1) for x in (q, k, v))
+    out = []
+    for s, p in enumerate(range(len(lengths)) if prefix is None else prefix.tolist()):
+        if p == s:
+            out.append(F.scaled_dot_product_attention(q[s][None], k[s][None], v[s][None], is_causal=True)[0])
+        else:
+            keys, values = (torch.cat((x[p], x[s]), dim=1)[None] for x in (k, v))
+            seen = torch.ones(lengths[s], lengths[p] + lengths[s], dtype=torch.bool).tril(lengths[p])
+            out.append(F.scaled_dot_product_attention(q[s][None], keys, values, attn_mask=seen)[0])
     return torch.cat(out, dim=1).transpose(0, 1)  # (T, H, E)
 
 
@@ -54,7 +69,7 @@ def attention_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlen
 
 @jit
 def _find_block(cu_seqlens, sequences, number, BLOCK: tl.constexpr):
-    """The block of this number as (first token of its sequence, length of the sequence, place of the block in it).
+    """The block of this number as (its sequence, that one's first token and length, place of the block in it).
 
     Sequence s owns the numbers from cu_seqlens[s] // BLOCK + s on. That is room enough for its blocks, the last of
     them partial, and nothing has to be counted beforehand: the price is a few numbers without a block, whose place
@@ -69,7 +84,15 @@ def _find_block(cu_seqlens, sequences, number, BLOCK: tl.constexpr):
             high = middle
     start = tl.load(cu_seqlens + low).to(tl.int64)  # 64 bits: start times stride passes 2^31 in a long pack
     length = (tl.load(cu_seqlens + low + 1) - start).to(tl.int32)
-    return start, length, ((number - start // BLOCK - low) * BLOCK).to(tl.int32)
+    return low, start, length, ((number - start // BLOCK - low) * BLOCK).to(tl.int32)
+
+
+@jit
+def _find_prefix(prefix, cu_seqlens, sequence, start):
+    """How many tokens before `start` the prefix of a sequence starts, and the place of its last token; −1: no prefix."""
+    p = tl.load(prefix + sequence)
+    low, high = tl.load(cu_seqlens + p).to(tl.int64), tl.load(cu_seqlens + p + 1)
+    return start - low, tl.where(p == sequence, -1, (high - low).to(tl.int32) - 1)
 
 
 @jit
@@ -108,15 +131,16 @@ def _attend(
 
 @jit
 def _forward_kernel(
-    q, k, v, out, lse, cu_seqlens, sequences, T, scale,
+    q, k, v, out, lse, cu_seqlens, prefix, sequences, T, scale,
     stride_qt, stride_qh, stride_kt, stride_kg, stride_vt, stride_vg,
-    H: tl.constexpr, GROUP: tl.constexpr, E: tl.constexpr,
+    H: tl.constexpr, GROUP: tl.constexpr, E: tl.constexpr, SHARED: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Program (h, n) owns the BLOCK_Q queries of block n in head h: writes their rows of out (T, H, E), lse (H, T)."""
     head = tl.program_id(0)
     # Backwards: the last blocks of a sequence see the most keys, and the longest work should start first.
-    start, length, first = _find_block(cu_seqlens, sequences, tl.num_programs(1) - 1 - tl.program_id(1), BLOCK_Q)
+    number = tl.num_programs(1) - 1 - tl.program_id(1)
+    sequence, start, length, first = _find_block(cu_seqlens, sequences, number, BLOCK_Q)
     if first < length:
         rows, columns = first + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_E)
         k += start * stride_kt + (head // GROUP) * stride_kg
@@ -135,6 +159,12 @@ def _forward_kernel(
             acc, m, total, q_tile, k, v, stride_kt, stride_vt, first, tl.minimum(first + BLOCK_Q, length), length,
             rows, columns, scale_2, E, BLOCK_E, BLOCK_K, True,
         )  # fmt: skip
+        if SHARED:  # the keys of the prefix: all of these queries see all of them
+            back, last = _find_prefix(prefix, cu_seqlens, sequence, start)
+            acc, m, total = _attend(
+                acc, m, total, q_tile, k - back * stride_kt, v - back * stride_vt, stride_kt, stride_vt, 0, last + 1,
+                last + 1, last + 0 * rows, columns, scale_2, E, BLOCK_E, BLOCK_K, True,
+            )  # fmt: skip
         at = out + ((start + rows) * H + head)[:, None] * E + columns[None, :]
         kept = (rows < length)[:, None] & (columns < E)[None, :]
         tl.store(at, (acc / total[:, None]).to(out.dtype.element_ty), mask=kept)
@@ -162,14 +192,15 @@ def _grad_q(
 
 @jit
 def _backward_q_kernel(
-    q, k, v, out, grad_out, lse, delta, grad_q, cu_seqlens, sequences, T, scale,
+    q, k, v, out, grad_out, lse, delta, grad_q, cu_seqlens, prefix, sequences, T, scale,
     stride_qt, stride_qh, stride_kt, stride_kg, stride_vt, stride_vg,
-    H: tl.constexpr, GROUP: tl.constexpr, E: tl.constexpr,
+    H: tl.constexpr, GROUP: tl.constexpr, E: tl.constexpr, SHARED: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Program (h, n) owns the BLOCK_Q queries of block n in head h: writes grad_q (T, H, E) and delta (H, T) there."""
     head = tl.program_id(0)
-    start, length, first = _find_block(cu_seqlens, sequences, tl.num_programs(1) - 1 - tl.program_id(1), BLOCK_Q)
+    number = tl.num_programs(1) - 1 - tl.program_id(1)
+    sequence, start, length, first = _find_block(cu_seqlens, sequences, number, BLOCK_Q)
     if first < length:
         rows, columns = first + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_E)
         k += start * stride_kt + (head // GROUP) * stride_kg
@@ -193,6 +224,12 @@ def _backward_q_kernel(
             dq, q_tile, do_tile, lse_row, delta_row, k, v, stride_kt, stride_vt, first,
             tl.minimum(first + BLOCK_Q, length), length, rows, columns, scale_2, E, BLOCK_E, BLOCK_K, True,
         )  # fmt: skip
+        if SHARED:
+            back, last = _find_prefix(prefix, cu_seqlens, sequence, start)
+            dq = _grad_q(
+                dq, q_tile, do_tile, lse_row, delta_row, k - back * stride_kt, v - back * stride_vt, stride_kt, stride_vt,
+                0, last + 1, last + 1, last + 0 * rows, columns, scale_2, E, BLOCK_E, BLOCK_K, True,
+            )  # fmt: skip
         at = grad_q + here + rows[:, None] * (H * E) + columns[None, :]
         kept = (rows < length)[:, None] & (columns < E)[None, :]
         tl.store(at, (dq * scale).to(grad_q.dtype.element_ty), mask=kept)
@@ -226,18 +263,19 @@ def _grad_kv(
 
 @jit
 def _backward_kv_kernel(
-    q, k, v, grad_out, lse, delta, grad_k, grad_v, cu_seqlens, sequences, T, scale,
+    q, k, v, grad_out, lse, delta, grad_k, grad_v, cu_seqlens, reach, sequences, T, scale,
     stride_qt, stride_qh, stride_kt, stride_kg, stride_vt, stride_vg,
-    H: tl.constexpr, GROUP: tl.constexpr, E: tl.constexpr,
+    H: tl.constexpr, GROUP: tl.constexpr, E: tl.constexpr, SHARED: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Program (g, n) owns the BLOCK_K keys of block n in key head g: writes their rows of grad_k, grad_v (T, G, E).
 
-    It goes through all the query heads that share the key head, so the sum over them needs no second pass.
+    It goes through all the query heads that share the key head, so the sum over them needs no second pass. The queries
+    that see a sequence's keys end at reach (S,): its own end, or that of the last sequence that continues it.
     """
     g = tl.program_id(0)
     # Forwards: the first blocks of a sequence are seen by the most queries.
-    start, length, first = _find_block(cu_seqlens, sequences, tl.program_id(1), BLOCK_K)
+    sequence, start, length, first = _find_block(cu_seqlens, sequences, tl.program_id(1), BLOCK_K)
     if first < length:
         keys, columns = first + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_E)
         k_tile = _load_tile(k + start * stride_kt + g * stride_kg, stride_kt, keys, length, columns, E, BLOCK_E, True)
@@ -246,6 +284,7 @@ def _backward_kv_kernel(
         dk = tl.zeros((BLOCK_K, BLOCK_E), tl.float32)
         dv = tl.zeros((BLOCK_K, BLOCK_E), tl.float32)
         below = tl.minimum(first + BLOCK_K, length)  # from here on every query sees all of these keys
+        end = (tl.load(reach + sequence) - start).to(tl.int32) if SHARED else length
         for head in range(g * GROUP, (g + 1) * GROUP):
             q_head = q + start * stride_qt + head * stride_qh
             do_head = grad_out + (start * H + head) * E
@@ -256,7 +295,7 @@ def _backward_kv_kernel(
             )  # fmt: skip
             dk, dv = _grad_kv(
                 dk, dv, k_tile, v_tile, q_head, do_head, lse + row, delta + row, stride_qt, H * E,
-                below, length, length, keys, columns, scale_2, E, BLOCK_E, BLOCK_Q, False,
+                below, end, end, keys, columns, scale_2, E, BLOCK_E, BLOCK_Q, False,
             )  # fmt: skip
         at = ((start + keys) * (H // GROUP) + g)[:, None] * E + columns[None, :]
         kept = (keys < length)[:, None] & (columns < E)[None, :]
@@ -283,17 +322,20 @@ def _tiles(E: int, dtype: torch.dtype) -> tuple[int, dict[str, tuple[int, int, i
     return BLOCK_E, {"forward": (64, 64, 8, 2), "dq": (64, 32, 8, 2), "dk, dv": (32, 32, 8, 2)}
 
 
-def _launch(kernel, name: str, heads: int, q, k, v, others: tuple[torch.Tensor, ...], cu_seqlens) -> None:
-    """Run one of the three kernels, with `others` between v and cu_seqlens, on every block of every head."""
+def _launch(kernel, name: str, heads: int, q, k, v, others: tuple[torch.Tensor, ...], cu_seqlens, shared) -> None:
+    """Run one of the three kernels, with `others` between v and cu_seqlens, on every block of every head.
+
+    `shared` (S,) is `prefix`, or for dk and dv `reach`; None: no sequence continues another.
+    """
     (T, H, E), G, S = q.shape, k.shape[1], len(cu_seqlens) - 1
     BLOCK_E, tiles = _tiles(E, q.dtype)
     BLOCK_Q, BLOCK_K, warps, stages = tiles[name]
     blocks = T // (BLOCK_K if name == "dk, dv" else BLOCK_Q) + S  # as many as `_find_block` gives out
     with torch.cuda.device_of(q):
         kernel[heads, blocks](
-            q, k, v, *others, cu_seqlens, S, T, 1 / math.sqrt(E), *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
-            H=H, GROUP=H // G, E=E, BLOCK_E=BLOCK_E, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, num_warps=warps,
-            num_stages=stages,
+            q, k, v, *others, cu_seqlens, cu_seqlens if shared is None else shared, S, T, 1 / math.sqrt(E),
+            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], H=H, GROUP=H // G, E=E, SHARED=shared is not None,
+            BLOCK_E=BLOCK_E, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, num_warps=warps, num_stages=stages,
         )  # fmt: skip
 
 
@@ -301,31 +343,38 @@ class _Attention(torch.autograd.Function):
     """Forward and backward of `attention` by the kernels above."""
 
     @staticmethod
-    def forward(ctx, q, k, v, cu_seqlens):
+    def forward(ctx, q, k, v, cu_seqlens, prefix):
         q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
         T, H, _ = q.shape
         out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(H, T, dtype=torch.float32)
-        _launch(_forward_kernel, "forward", H, q, k, v, (out, lse), cu_seqlens)
-        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
+        _launch(_forward_kernel, "forward", H, q, k, v, (out, lse), cu_seqlens, prefix)
+        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, prefix)
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
-        q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
+        q, k, v, out, lse, cu_seqlens, prefix = ctx.saved_tensors
         grad_out, delta = grad_out.contiguous(), torch.empty_like(lse)
-        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
-        _launch(_backward_q_kernel, "dq", q.shape[1], q, k, v, (out, grad_out, lse, delta, grads[0]), cu_seqlens)
-        _launch(_backward_kv_kernel, "dk, dv", k.shape[1], q, k, v, (grad_out, lse, delta, *grads[1:]), cu_seqlens)
-        return *grads, None
+        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        _launch(_backward_q_kernel, "dq", q.shape[1], q, k, v, (out, grad_out, lse, delta, dq), cu_seqlens, prefix)
+        ends = cu_seqlens[1:]
+        reach = None if prefix is None else ends.scatter_reduce(0, prefix, ends, "amax")  # (S,)
+        _launch(_backward_kv_kernel, "dk, dv", k.shape[1], q, k, v, (grad_out, lse, delta, dk, dv), cu_seqlens, reach)
+        return dq, dk, dv, None, None
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, prefix: torch.Tensor | None = None
+) -> torch.Tensor:
     """Causal softmax(q·kᵀ/√E)·v inside each sequence of a pack; query head h reads key/value head h // (H/G).
 
     q (T, H, E), k and v (T, G, E), one floating dtype; cu_seqlens (S+1,) integer, first 0, last T. Returns (T, H, E).
+    prefix (S,) int64: for each sequence the one that it continues, or itself. One that is continued has at least one
+    token, continues none itself, and is followed at once by those that continue it.
     """
     on_triton = q.is_cuda and triton is not None
-    return _Attention.apply(q, k, v, cu_seqlens) if on_triton else attention_torch(q, k, v, cu_seqlens)
+    attend = _Attention.apply if on_triton else attention_torch
+    return attend(q, k, v, cu_seqlens, prefix)
 
 
 # ---- slot cache: one new token per row ----

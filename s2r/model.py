@@ -131,10 +131,15 @@ class Transformer(nn.Module):
         self.packed: torch.Tensor | None = None  # the head's matrix, see `prepacked`
         self.register_buffer("speed", config.inverse_frequencies().to(device), persistent=False)  # of rotation, (E/2,)
 
-    def forward(self, ids: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-        """Hidden states (T, D) after the last norm of packed ids (T,) with borders cu_seqlens (S+1,), int64 both."""
-        position = positions(cu_seqlens, len(ids))  # (T,)
-        return self._run(ids, position, lambda layer, q, k, v: attention(q, k, v, cu_seqlens))
+    def forward(
+        self, ids: torch.Tensor, cu_seqlens: torch.Tensor, prefix: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Hidden states (T, D) after the last norm of packed ids (T,) with borders cu_seqlens (S+1,), int64 both.
+
+        prefix (S,) int64: the sequence that each one continues, or itself (`kernels/attention.py`); None: all stand alone.
+        """
+        position = positions(cu_seqlens, len(ids), prefix)  # (T,)
+        return self._run(ids, position, lambda layer, q, k, v: attention(q, k, v, cu_seqlens, prefix))
 
     def prefill(self, ids: torch.Tensor, cu_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of every layer, each (L, T, G, E), for a cache; arguments as in `forward`."""
@@ -275,12 +280,12 @@ class Frozen:
         self.model = model
 
     @torch.no_grad()
-    def __call__(self, ids: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    def __call__(self, *batch: torch.Tensor | None) -> torch.Tensor:
         adapters = self.model.adapters()
         try:
             for lora in adapters:
                 lora.on = False
-            return self.model(ids, cu_seqlens)
+            return self.model(*batch)
         finally:
             for lora in adapters:
                 lora.on = True
@@ -291,7 +296,10 @@ class Frozen:
         return getattr(self.model, name)
 
 
-def positions(cu_seqlens: torch.Tensor, T: int) -> torch.Tensor:
-    """Position of each of T packed tokens in its own sequence, (T,) int64."""
+def positions(cu_seqlens: torch.Tensor, T: int, prefix: torch.Tensor | None = None) -> torch.Tensor:
+    """Position of each of T packed tokens in its own sequence, counted from the start of its prefix, (T,) int64."""
     starts, lengths = cu_seqlens[:-1], cu_seqlens.diff()
+    if prefix is not None:
+        alone = prefix == torch.arange(len(prefix), device=prefix.device)
+        starts = starts - lengths[prefix].masked_fill(alone, 0)
     return torch.arange(T, device=cu_seqlens.device) - starts.repeat_interleave(lengths, output_size=T)

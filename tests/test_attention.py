@@ -23,11 +23,18 @@ def naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tenso
     return torch.stack(heads, dim=1)
 
 
-def naive_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-    """One (T, T) mask over the whole pack: same sequence, and not later."""
+def naive_packed(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int], prefix: list[int] | None = None
+) -> torch.Tensor:
+    """One (T, T) mask over the whole pack: same sequence or that sequence's prefix, and not later."""
     sequence = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    continued = sequence if prefix is None else torch.tensor(prefix)[sequence]
     later = torch.ones(len(sequence), len(sequence), dtype=torch.bool).triu(1)
-    return naive(q, k, v, later | (sequence[:, None] != sequence))
+    return naive(q, k, v, later | (sequence[:, None] != sequence) & (continued[:, None] != sequence))
+
+
+# Lengths and prefixes: two groups side by side; one that stands alone between groups; a continuation without a token.
+SHARED = [([5, 3, 4, 6, 1, 1], [0, 0, 0, 3, 3, 3]), ([33, 70, 16, 9, 40, 0, 129], [0, 0, 0, 3, 4, 4, 4])]
 
 
 def pack(lengths: list[int], H: int, G: int, dtype: torch.dtype) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -57,6 +64,24 @@ def test_attention_gradients_equal_masked_softmax(lengths, H, G):
     ours = [x.requires_grad_() for x in qkv]
     for found, expected in zip(torch.autograd.grad(attention(*ours, cu_seqlens), ours, upstream), wanted):
         torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("H, G", GROUPS)
+@pytest.mark.parametrize("lengths, prefix", SHARED, ids=str)
+def test_attention_with_shared_prefixes_equals_masked_softmax(lengths, prefix, H, G, dtype):
+    qkv, cu_seqlens = pack(lengths, H, G, dtype)
+    upstream = torch.randn(sum(lengths), H, E, generator=torch.Generator().manual_seed(1))
+    exact = [x.double().requires_grad_() for x in qkv]
+    wanted = naive_packed(*exact, lengths, prefix)
+    ours = [x.requires_grad_() for x in qkv]
+    out = attention(*ours, cu_seqlens, torch.tensor(prefix))
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), wanted, atol=TOLERANCE[dtype], rtol=0)
+    if dtype == torch.float32:
+        gradients = torch.autograd.grad(out, ours, upstream)
+        for found, expected in zip(gradients, torch.autograd.grad(wanted, exact, upstream.double())):
+            torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=0)
 
 
 def test_attention_sees_neither_neighbours_nor_the_future():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from interpreter import DEVICE
-from test_attention import naive, naive_packed
+from test_attention import SHARED, naive, naive_packed
 
 from kernels.attention import _Attention, attention, attention_torch, decode_attention_triton
 
@@ -26,8 +26,8 @@ def make(lengths, H, G, E, dtype, seed=0):
     return *qkv.split((H, G, G), dim=1), upstream, torch.tensor([0, *lengths], device=DEVICE).cumsum(0)
 
 
-def triton_attention(q, k, v, cu_seqlens):
-    return _Attention.apply(q, k, v, cu_seqlens)
+def triton_attention(q, k, v, cu_seqlens, prefix=None):
+    return _Attention.apply(q, k, v, cu_seqlens, prefix)
 
 
 def run(function, q, k, v, upstream, *last):
@@ -41,12 +41,13 @@ def rms(found, exact):
     return (found.double() - exact).square().mean().sqrt().item()
 
 
-def check(lengths, H, G, E, dtype):
+def check(lengths, H, G, E, dtype, prefix=None):
     q, k, v, upstream, cu_seqlens = make(lengths, H, G, E, dtype)
     on_cpu = [x.double().cpu() for x in (q, k, v, upstream)]
-    exact = [x.to(DEVICE) for x in run(naive_packed, *on_cpu, lengths)]
-    ours = run(triton_attention, q, k, v, upstream, cu_seqlens)
-    plain = run(attention_torch, q, k, v, upstream, cu_seqlens)
+    exact = [x.to(DEVICE) for x in run(naive_packed, *on_cpu, lengths, prefix)]
+    shared = None if prefix is None else torch.tensor(prefix, device=DEVICE)
+    ours = run(triton_attention, q, k, v, upstream, cu_seqlens, shared)
+    plain = run(attention_torch, q, k, v, upstream, cu_seqlens, shared)
     for name, found, reference, wanted in zip(("out", "dq", "dk", "dv"), ours, plain, exact):
         assert found.dtype == dtype and found.shape == wanted.shape and found.isfinite().all(), name
         assert rms(found, wanted) <= NO_WORSE[dtype] * rms(reference, wanted) + FLOOR[dtype], name
@@ -68,6 +69,13 @@ def test_triton_attention_sums_over_the_query_heads_of_a_group(H, G, dtype):
 @pytest.mark.parametrize("E", [16, 32, 64, 80, 96, 128, 256])
 def test_triton_attention_serves_every_head_width(E, dtype):
     check([129, 16], 2, 1, E, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("E", [32, 80, 128])
+@pytest.mark.parametrize("lengths, prefix", [*SHARED, ([1, 257, 3], [0, 0, 0]), ([128, 64, 1], [0, 0, 0])], ids=str)
+def test_triton_attention_with_shared_prefixes_equals_masked_softmax(lengths, prefix, E, dtype):
+    check(lengths, 4, 2, E, dtype, prefix)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

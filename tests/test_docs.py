@@ -241,7 +241,7 @@ def check(handler, question: str, times: int) -> bool:
 SMALL = {
     "sample.py": "--max-new-tokens 24 --device cpu",
     "train_sft.py": "--eval-data math500.jsonl --eval-every 2 --max-new-tokens 8 --device cpu",
-    "train_rl.py": "--problems 2 --steps 1 --max-new-tokens 24 --device cpu",
+    "train_rl.py": "--problems 4 --steps 1 --max-new-tokens 24 --device cpu",
 }
 
 

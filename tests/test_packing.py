@@ -30,8 +30,47 @@ def test_pack_hand_table():
     assert batch.ids.tolist() == list(range(1, 13))
     assert batch.cu_seqlens.tolist() == [0, 6, 12]
     assert batch.scored.tolist() == [3, 4, 5, 8, 9, 10, 11]
+    assert batch.before.tolist() == [2, 3, 4, 7, 8, 9, 10]
     assert batch.targets.tolist() == [4, 5, 6, 9, 10, 11, 12]
-    assert {x.dtype for x in (batch.ids, batch.cu_seqlens, batch.scored)} == {torch.int64}
+    assert {x.dtype for x in (batch.ids, batch.cu_seqlens, batch.scored, batch.before)} == {torch.int64}
+    assert batch.prefix is None
+
+
+def test_pack_shared_prompt_hand_table():
+    """p p p r r | r r r, and after it a sequence whose prompt nobody shares."""
+    (batch,) = pack([[1, 2, 3, 4, 5], [1, 2, 3, 6, 7, 8], [1, 9]], [[3, 4], [3, 5], [1]], 100, "cpu", [3, 3, 1])
+    assert batch.ids.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 1, 9]
+    assert batch.cu_seqlens.tolist() == [0, 3, 5, 8, 10]
+    assert batch.prefix.tolist() == [0, 0, 0, 3]
+    assert batch.scored.tolist() == [3, 4, 5, 7, 9]
+    assert batch.before.tolist() == [2, 3, 2, 6, 8]
+    assert batch.rows == [0, 1, 2] and batch.targets.tolist() == [4, 5, 6, 8, 9]
+
+
+@given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(0, 6)), min_size=1, max_size=8),
+       st.integers(1, 40))  # fmt: skip
+def test_pack_runs_a_prompt_once_per_micro_batch(groups, budget):
+    """Each problem with a prompt, some rollouts and their lengths: every sequence is its prefix and itself, in order."""
+    sequences, prompts = [], []
+    for number, (prompt_length, rollouts, length) in enumerate(groups):
+        for m in range(rollouts):
+            sequences.append([number * 100 + t for t in range(prompt_length)] + [1000 * m + t for t in range(length)])
+            prompts.append(prompt_length)
+    scored = [list(range(n, len(ids))) for ids, n in zip(sequences, prompts)]
+    packs = pack(sequences, scored, budget, "cpu", prompts)
+    assert [row for p in packs for row in p.rows] == list(range(len(sequences)))
+    for p in packs:
+        assert len(p.ids) <= budget or len(p.rows) == 1
+        segments = [p.ids[a:b].tolist() for a, b in zip(p.cu_seqlens, p.cu_seqlens[1:])]
+        prefix = range(len(segments)) if p.prefix is None else p.prefix.tolist()
+        continued = {root for s, root in enumerate(prefix) if root != s}
+        whole = [(segments[root] if root != s else []) + segments[s] for s, root in enumerate(prefix) if s not in continued]
+        assert whole == [sequences[row] for row in p.rows]
+        together = [sequences[row][: prompts[row]] for row in p.rows]
+        assert len(continued) == sum(a == b and (i == 0 or a != together[i - 1])
+                                     for i, (a, b) in enumerate(zip(together, together[1:])))  # fmt: skip
+        assert p.targets.tolist() == [sequences[row][t] for row in p.rows for t in scored[row]]
+        assert p.ids[p.before].tolist() == [sequences[row][t - 1] for row in p.rows for t in scored[row]]
 
 
 def test_pack_oversize_sequence_stands_alone():
@@ -79,6 +118,25 @@ def test_policy_logp_matches_log_softmax_sequence_by_sequence(folder):
                 spread.append(-(p.exp() * p).sum())
     torch.testing.assert_close(logp.double(), torch.stack(expected), rtol=0, atol=1e-5)
     torch.testing.assert_close(entropy.double(), torch.stack(spread), rtol=0, atol=1e-5)
+
+
+def test_shared_prompts_change_neither_logp_nor_gradient(folder):
+    """Against every sequence with a prompt of its own; in one micro-batch, and in several that cut a group in two."""
+    model, generator = Transformer.from_pretrained(folder), torch.Generator().manual_seed(0)
+    draw = lambda n: torch.randint(5, 40, (n,), generator=generator).tolist()  # noqa: E731
+    groups = [[p + draw(n) for n in (7, 1, 12, 5)] for p in (draw(9), draw(1), draw(14))]
+    sequences, prompts = [ids for group in groups for ids in group], [9] * 4 + [1] * 4 + [14] * 4
+    scored = [list(range(n, len(ids))) for ids, n in zip(sequences, prompts)]
+    weight = torch.randn(sum(map(len, scored)), generator=generator) / sum(map(len, scored))  # a mean, as in a loss
+
+    def gradients(budget, prompts):
+        logp = torch.cat([policy_logp(model, p, 0.7)[0] for p in pack(sequences, scored, budget, "cpu", prompts)])
+        return logp.detach(), *torch.autograd.grad((logp * weight).sum(), list(model.parameters()))
+
+    alone = gradients(10**6, None)
+    for budget in (10**6, 60, 25):
+        for found, wanted in zip(gradients(budget, prompts), alone, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_sft_sequences_are_prompt_and_response_with_the_targets_behind_the_prompt(tokenizer):

@@ -305,7 +305,7 @@ def test_ratio_is_exactly_one_before_the_first_update(budget, dtype, checkpointi
 
 def test_score_covers_the_response_and_nothing_of_the_prompt(model, tokenizer):
     group = [response(code, tokenizer) for code in ("-i+c", "+c", "-")]
-    work = scored(model, group, rl.online_credit(group, "process", 1), tokens_per_microbatch=250)
+    work = scored(model, group, rl.online_credit(group, "process", 1), tokens_per_microbatch=150)
     assert len(work) > 1  # several micro-batches
     assert torch.cat([m.pack.targets for m in work]).tolist() == [id for t in group for id in t.ids]
     assert torch.cat([m.logp_sampled for m in work]).tolist() == [x for t in group for x in t.logp]
