@@ -13,7 +13,7 @@ import s2r  # isort: skip  # noqa: F401  before torch: it settles how torch's th
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -100,22 +100,26 @@ def main(cfg: Config) -> None:
         # 2. Give each span its reward and baseline: the whole trajectory, or each of its actions.
         credits = credit(trajectories)
 
-        # 3. Split the problems over the updates; score the rollouts under π_old and π_ref; advantage of each span.
+        # 3. Split the problems over the updates; score the rollouts under π_old and π_ref.
         updates = []
         shuffled = order(cfg.problems, cfg.seed + 1, step)  # + 1: other permutations than those of the data
         groups = np.arange(len(trajectories)).reshape(-1, cfg.rollouts)[shuffled]  # (N, M)
         for rows in np.array_split(groups, cfg.updates):
             part = [(trajectories[i], credits[i]) for i in rows.flat]
-            updates.append(score(part, ranks, old, reference, cfg))
+            scorer = old if updates or cfg.offline else None  # the first update runs π_old itself
+            updates.append(score(part, ranks, scorer, reference, cfg))
         clock.lap("score")
 
-        # 4. Policy gradient: one optimizer step per update, its loss the sum over its micro-batches.
+        # 4. Advantages and policy gradient: one optimizer step per update, its loss the sum over its micro-batches.
         ratios, norms = [], []
         for update, micro_batches in enumerate(updates, start=1 + (step - 1) * cfg.updates):
             total = torch.zeros((), device=ranks.device)
-            for m in micro_batches:
-                logp, _ = policy_logp(model, m.pack, cfg.temperature)
-                loss, ratio = rl.policy_loss(logp, m.logp_old, m.span, m.advantage, m.weight, epsilon=cfg.epsilon)
+            for i, m in enumerate(micro_batches):
+                logp, entropy = policy_logp(model, m.pack, cfg.temperature)
+                if m.logp_old is None:  # π_θ is still π_old
+                    m = micro_batches[i] = replace(m, logp_old=logp.detach(), entropy=entropy)
+                advantage = rl.advantages(m.reward, m.baseline, m.logp_old, m.logp_ref, m.span, beta=cfg.beta)
+                loss, ratio = rl.policy_loss(logp, m.logp_old, m.span, advantage, m.weight, epsilon=cfg.epsilon)
                 (loss * ranks.size).backward()  # the ranks' gradients are averaged, and we want their sum
                 ratios.append(ratio)
                 total += loss.detach()
@@ -185,31 +189,33 @@ class Scored:
 
     pack: Pack
     span: torch.Tensor  # (Q,) int64, the span of each response token
-    advantage: torch.Tensor  # (J,)
+    reward: torch.Tensor  # (J,)
+    baseline: torch.Tensor  # (J,)
     weight: torch.Tensor  # (J,) weight of each span in the loss of the update
-    logp_old: torch.Tensor  # (Q,)
-    logp_ref: torch.Tensor  # (Q,)
     logp_sampled: torch.Tensor  # (Q,) as the sampler computed it
-    entropy: torch.Tensor  # (Q,)
+    logp_ref: torch.Tensor  # (Q,)
+    logp_old: torch.Tensor | None  # (Q,); None until the first update of a step has run the model
+    entropy: torch.Tensor | None  # (Q,) of π_old, likewise
 
 
 @torch.no_grad()
 def score(
-    part: list[tuple[Trajectory, rl.Credit]], ranks: Ranks, old: Transformer, reference: Transformer | None, cfg: Config
-) -> list[Scored]:
-    """This rank's micro-batches of one update, scored. The update reuses them, so online its ratio starts at 1."""
+    part: list[tuple[Trajectory, rl.Credit]], ranks: Ranks, old: Transformer | None, reference: Transformer | None,
+    cfg: Config,
+) -> list[Scored]:  # fmt: skip
+    """This rank's micro-batches of one update, scored under π_ref and, if it is given, π_old. The update reuses them."""
     total, device = len(part), ranks.device
     part = [part[i] for i in ranks.share([len(t.prompt_ids) + len(t.ids) for t, _ in part])]
-    out = []
-    prompts = [len(t.prompt_ids) for t, _ in part]
+    out, prompts = [], [len(t.prompt_ids) for t, _ in part]
     for p in ranks.even(pack(*sequences([t for t, _ in part]), cfg.tokens_per_microbatch, device, prompts)):
         span, reward, baseline, weight = rl.spans([part[row][1] for row in p.rows], total, device)
-        logp_old, entropy = policy_logp(old, p, cfg.temperature)
-        same = reference is None or reference is old  # β = 0, which needs no π_ref; or offline, where π_ref is π_old
-        logp_ref = logp_old if same else policy_logp(reference, p, cfg.temperature)[0]
-        advantage = rl.advantages(reward, baseline, logp_old, logp_ref, span, beta=cfg.beta)
         sampled = torch.tensor([x for row in p.rows for x in part[row][0].logp], device=device)
-        out.append(Scored(p, span, advantage, weight, logp_old, logp_ref, sampled, entropy))
+        logp_old, entropy = policy_logp(old, p, cfg.temperature) if old else (None, None)
+        if reference is None:
+            logp_ref = sampled  # β = 0: it is multiplied by zero
+        else:  # offline π_ref is π_old
+            logp_ref = logp_old if reference is old else policy_logp(reference, p, cfg.temperature)[0]
+        out.append(Scored(p, span, reward, baseline, weight, sampled, logp_ref, logp_old, entropy))
     ranks.release(reference)
     return out
 
@@ -221,7 +227,7 @@ def measure(trajectories, credits, scored: list[Scored], ratio: torch.Tensor, ra
     if ranks.rank == 0:
         for sentence in metrics.warnings(summary, rewards):
             print(f"warning: {sentence}", file=sys.stderr)
-    logged = ("accuracy", "first_accuracy", "trials", "va", "va_right", "er", "cp", "icr", "cir", "say_correct")
+    logged = "accuracy first_accuracy trials va va_right er cp icr cir say_correct repeats tokens finished".split()
     old, ref, sampled, entropy = (
         torch.cat([getattr(m, name) for m in scored]) for name in ("logp_old", "logp_ref", "logp_sampled", "entropy")
     )
@@ -230,7 +236,7 @@ def measure(trajectories, credits, scored: list[Scored], ratio: torch.Tensor, ra
     kl, surprise, gap, clipped, tokens, spans = ranks.sum([*sums, len(old), len(ratio)])
     return {
         "reward": sum(rewards) / len(rewards),
-        **{name: summary[name] for name in (*logged, "tokens", "finished")},
+        **{name: summary[name] for name in logged},
         "kl": kl / tokens if cfg.beta else None,
         "entropy": surprise / tokens,
         "gap": gap / tokens,

@@ -25,10 +25,11 @@ so that  accuracy = first_accuracy·(1 − cir) + (1 − first_accuracy)·icr.  
 
 `summarize` computes these and: `responses`, their number; `finished`, the fraction that ended in a stop token;
 `tokens`, sampled per response; `no_answer`, the fraction whose last solve has no \\boxed answer; `no_verdict`, the
-fraction of verifies without a readable verdict; `by_level`, accuracy and trials per difficulty; `va_by_trial`, `va`
-of all first verifies, of all second ones, and so on. `at_k` computes the `standard_error` of accuracy over problems
-and, for n > 1 responses per problem and k = 1, 2, 4, … and n, `pass_at_k` (is one of k responses right? estimated
-from all n, arXiv 2107.03374) and `maj_at_k` (is the most frequent answer of the first k right?).
+fraction of verifies without a readable verdict; `repeats`, the fraction of solves after the first that give an answer
+again which the response gave before; `by_level`, accuracy and trials per difficulty; `va_by_trial`, `va` of all first
+verifies, of all second ones, and so on. `at_k` computes the `standard_error` of accuracy over problems; for one response
+per problem, `right`, a "1" or "0" each; for n > 1 and k = 1, 2, 4, … and n, `pass_at_k` (is one of k responses right?
+estimated from all n, arXiv 2107.03374) and `maj_at_k` (is the most frequent answer of the first k right?).
 """
 
 from collections.abc import Sequence
@@ -65,6 +66,7 @@ def summarize(trajectories: Sequence) -> dict:
         right, tried = _mean([last[i] for i in at]), _mean([trials[i] for i in at])
         by_level[str(level)] = {"accuracy": right, "trials": tried, "responses": len(at)}
     every = [verify for row in verifies for verify in row]
+    answers = [[solve.answer for solve in row] for row in solves]
     by_trial = enumerate(zip_longest(*verifies), start=1)  # (1, all first verifies), (2, all second ones), …
     return {
         "accuracy": _mean(last),
@@ -83,12 +85,13 @@ def summarize(trajectories: Sequence) -> dict:
         "tokens": _mean([len(t.ids) for t in trajectories]),
         "no_answer": _mean([not row or row[-1].answer is None for row in solves]),
         "no_verdict": _mean([verify.verdict is None for verify in every]),
+        "repeats": _mean([bool(row[i]) and row[i] in row[:i] for row in answers for i in range(1, len(row))]),
         "responses": len(trajectories),
     }
 
 
 def at_k(trajectories: Sequence) -> dict:
-    """`standard_error`, `pass_at_k` and `maj_at_k` of judged responses, the same number n for every problem."""
+    """`standard_error`, `right`, `pass_at_k` and `maj_at_k` of judged responses, the same number n for every problem."""
     by_problem: dict[str, list] = {}
     for t in sorted(trajectories, key=lambda t: t.sample):
         solves = [action for action in t.actions if action.kind == "solve"]
@@ -98,7 +101,9 @@ def at_k(trajectories: Sequence) -> dict:
     (n,) = {len(row) for row in last}  # or it is no set of n responses per problem
     accuracy = [count / n for count in right]
     found = {"standard_error": stdev(accuracy) / len(accuracy) ** 0.5 if len(accuracy) > 1 else None}
-    if n > 1:
+    if n == 1:
+        found["right"] = "".join(str(count) for count in right)
+    else:
         ks = sorted({2**i for i in range(n.bit_length())} | {n})
         found["pass_at_k"] = {str(k): _mean([1 - comb(n - count, k) / comb(n, k) for count in right]) for k in ks}
         found["maj_at_k"] = {str(k): _mean([bool((s := majority(row[:k])) and s.correct) for row in last]) for k in ks}
@@ -121,11 +126,13 @@ def majority(solves: Sequence):
 def warnings(metrics: dict, rewards: Sequence[float]) -> list[str]:
     """Why a training step with these `metrics`, of `summarize`, and rewards of its trajectories teaches nothing."""
     said = 0.5 if metrics["say_correct"] is None else metrics["say_correct"]  # no verdicts, no warning
+    repeats = metrics["repeats"] or 0
     reasons = {
         "all rewards are equal: no response is better than another": len(set(rewards)) == 1,
         "no response ends in a boxed answer, so none can be right": metrics["no_answer"] == 1,
         "no response finished: a higher --max-new-tokens may help": metrics["finished"] == 0,
         'more than 95 % of the verdicts say "correct": the model no longer verifies': said > 0.95,
         'more than 95 % of the verdicts say "incorrect": the model no longer verifies': said < 0.05,
+        "more than 80 % of the retries give an answer that was given before": repeats > 0.8,
     }
     return [reason for reason, holds in reasons.items() if holds]

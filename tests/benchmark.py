@@ -1,9 +1,10 @@
-"""Our sampler, training step and log-prob against `transformers` and plain PyTorch, side by side in one run on a CPU.
+"""Our sampler, training step, RL step and log-prob against `transformers`, TRL and PyTorch, side by side on a CPU.
 
-    python tests/benchmark.py --model DIR --data gsm8k_test.jsonl            about 15 minutes on two cores
+    python tests/benchmark.py --model DIR --data gsm8k_test.jsonl            about 30 minutes on two cores
 
 Each row gives the median over rounds in which the two take turns, and the median of their ratio; a ratio above 1 is
 in our favour. The machine should be idle otherwise. Sampling is at temperature 0.7 from the whole distribution.
+The part "rl" needs `pip install trl`.
 """
 
 import sys
@@ -13,10 +14,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import s2r  # isort: skip  # noqa: F401  before torch: settles how its threads wait
 
 import argparse
+import json
 import multiprocessing
 import os
 import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 
@@ -28,8 +31,9 @@ from s2r.generate import generate
 from s2r.model import Transformer
 from s2r.packing import pack, policy_logp
 from s2r.hf.tokenizer import Tokenizer
-from s2r.grammar import prompt
+from s2r.grammar import SYSTEM_PROMPT, prompt
 
+ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROUNDS = 3
 
@@ -128,6 +132,75 @@ def training(folder: str) -> None:
         side_by_side(f"SFT step {name}, 8 x 40-256 tokens", ours_step, theirs_step)
 
 
+# One RL step: 8 problems × 4 rollouts of at most 96 tokens, a reference model, one update.
+RL = {"lr": 1e-6, "beta": 0.05, "problems": 8, "rollouts": 4, "new": 96, "steps": 2}
+
+
+def ours_rl(folder: str, data: str, dtype: str) -> list[dict]:
+    """The rows of our log, one per step, of train_rl.py as a user runs it."""
+    with tempfile.TemporaryDirectory() as out:
+        command = f"""train_rl.py --model {folder} --data {data} --out {out}/run --problems {RL["problems"]}
+            --rollouts {RL["rollouts"]} --updates 1 --beta {RL["beta"]} --lr {RL["lr"]} --warmup 0 --steps {RL["steps"]}
+            --max-new-tokens {RL["new"]} --show-every 0 --dtype {dtype} --device cpu"""
+        subprocess.run([sys.executable, *command.split()], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        return [json.loads(line) for line in Path(out, "run/log.jsonl").read_text().splitlines()]
+
+
+def trl_rl(folder: str, data: str, dtype: str) -> None:
+    """TRL's GRPOTrainer with the same settings; prints seconds and sampled tokens of each step as JSON."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    rows, tokens = [], []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *args, **kwargs):
+            rows.append({"seconds": time.perf_counter() - self.start, "tokens": sum(tokens)})
+            tokens.clear()
+
+    def reward(completion_ids, **_):
+        tokens.extend(map(len, completion_ids))
+        return [float(len(ids) % 2) for ids in completion_ids]
+
+    system = {"role": "system", "content": SYSTEM_PROMPT}
+    chats = [[system, {"role": "user", "content": p.problem}] for p in load_problems(data, 64)]
+    with tempfile.TemporaryDirectory() as out:
+        config = GRPOConfig(
+            output_dir=out, per_device_train_batch_size=RL["problems"] * RL["rollouts"], num_generations=RL["rollouts"],
+            max_completion_length=RL["new"], temperature=0.7, top_k=0, beta=RL["beta"], learning_rate=RL["lr"],
+            max_steps=RL["steps"], use_cpu=True, bf16=dtype == "bfloat16", gradient_checkpointing=False,
+            report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
+            model_init_kwargs={"dtype": dtype},
+        )  # fmt: skip
+        data = Dataset.from_list([{"prompt": chat} for chat in chats])
+        GRPOTrainer(folder, reward, args=config, train_dataset=data, callbacks=[Clock()]).train()
+    print(json.dumps(rows))
+
+
+def rl_step(folder: str, data: str) -> None:
+    """Whole RL steps, programs taking turns; the first step of each warms up."""
+    for name, dtype in (("fp32", "float32"), ("bf16", "bfloat16")):
+        ours, theirs = [], []
+        for _ in range(ROUNDS):
+            ours += ours_rl(folder, data, dtype)[1:]
+            command = [sys.executable, __file__, "--trl", dtype, "--model", folder, "--data", data]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            theirs += json.loads(output.splitlines()[-1])[1:]
+        phases = ("seconds_rollout", "seconds_score", "seconds_update")
+        split = [statistics.median(row[phase] for row in ours) for phase in phases]
+        seconds = statistics.median(sum(row[phase] for phase in phases) for row in ours)
+        other = statistics.median(row["seconds"] for row in theirs)
+        speeds = [RL["problems"] * RL["rollouts"] * row["tokens"] / sum(row[phase] for phase in phases) for row in ours]
+        other_speeds = [row["tokens"] / row["seconds"] for row in theirs]
+        a, b = statistics.median(speeds), statistics.median(other_speeds)
+        print(f"RL step {name}: ours {seconds:.1f} s (rollout, score, update {', '.join(f'{x:.1f}' for x in split)}), "
+              f"{a:.1f} sampled tokens/s; TRL {other:.1f} s, {b:.1f} tokens/s; ratio {a / b:.2f}", flush=True)  # fmt: skip
+
+
 T, D, V = 4096, 576, 49_152  # the shape of the memory test
 
 
@@ -189,15 +262,20 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="Hugging Face folder of a small model")
     parser.add_argument("--data", help="problem file of at least 32 problems")
-    parser.add_argument("--only", choices=("sampling", "training", "memory", "neighbour"))
+    parser.add_argument("--only", choices=("sampling", "training", "rl", "memory", "neighbour"))
     parser.add_argument("--peak", choices=("ours", "full"), help=argparse.SUPPRESS)
+    parser.add_argument("--trl", choices=("float32", "bfloat16"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.trl:
+        trl_rl(args.model, args.data, args.trl)
+        sys.exit()
     if args.peak:
         peak_memory(args.peak)
         sys.exit()
     parts = {
         "sampling": lambda: sampling(args.model, args.data),
         "training": lambda: training(args.model),
+        "rl": lambda: rl_step(args.model, args.data),
         "memory": memory,
         "neighbour": lambda: neighbour(args.model, args.data),
     }

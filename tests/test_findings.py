@@ -90,7 +90,6 @@ def row(problem: str, actions: str, answer: str = "plus", ids=()) -> dict:
 
 def test_extended_counts_the_first_trials_and_audits():
     report = findings.extended(BASE, [row("p", "-i-i+c"), row("q", "+c"), row("r", "+i-c")])
-    assert report["right"] == "110"
     assert report["after"] == {"1": pytest.approx(2 / 3), "2": pytest.approx(1 / 3), "4": pytest.approx(2 / 3),
                                "8": pytest.approx(2 / 3)}
     assert report["sound"] == 0 and report["sound_by_trial"] == {"1": 0, "2": 0, "3": 0}  # checks without sums
@@ -120,13 +119,13 @@ def test_main_writes_reports_and_page_and_runs_no_seed_twice(tmp_path, monkeypat
             made.append(path := tmp_path / stage.makes)
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.suffix == ".json":
-                path.write_text(json.dumps(BASE | {"accuracy": 0.5 + 0.01 * int(stage.makes.split("seed-")[1][0])}))
+                path.write_text(json.dumps(BASE | {"right": "1", "accuracy": 0.5 + 0.01 * int(stage.makes.split("seed-")[1][0])}))
                 write_jsonl(path.with_suffix(".test.jsonl"), [row("p", "-i+c")])
             elif path.name == "base.votes.jsonl":
                 write_jsonl(path, [row("p", "+", ids=[1, 2])] * 3)
             elif path.name == "trajectories.jsonl":
                 write_jsonl(path, ({"row": i} for i in range(600)))
-            elif path.name == "sft":
+            elif path.name == "rl-outcome":
                 path.mkdir()
                 (path / "run.json").write_text('{"commit": "0123456789abcdef"}')
 
@@ -135,7 +134,7 @@ def test_main_writes_reports_and_page_and_runs_no_seed_twice(tmp_path, monkeypat
     findings.main(findings.Config(seeds=2, out="out/findings.md"))
     text = Path("out/findings.md").read_text()
     assert "| base | 50.5 ± 6.4 |" in text and "commit 0123456." in text
-    assert json.loads(Path("out/findings/seed-1/sft.json").read_text())["right"] == "1"
+    assert json.loads(Path("out/findings/seed-1/sft.json").read_text())["after"]["1"] == 0
     assert read_jsonl("runs/findings/seed-0/trajectories-200.jsonl") == [{"row": i} for i in range(200)]
 
     made.clear()

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import inspect
 import importlib
 import importlib.util
 import json
@@ -102,8 +103,7 @@ def test_from_command_line_help_says_what_each_setting_is(config, capsys):
         flags.from_command_line(config, ["--help"])
     text = "".join(capsys.readouterr().out.split())  # argparse breaks lines at blanks and hyphens
     assert exit.value.code == 0
-    source = Path(sys.modules[config.__module__].__file__).read_text()
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config), re.MULTILINE))
     for field in dataclasses.fields(config):
         assert "--" + field.name.replace("_", "-") in text
         shown = "(required)" if field.default is dataclasses.MISSING else f"[{field.default}]"

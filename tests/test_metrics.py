@@ -75,6 +75,7 @@ def test_summarize_by_hand():
         "tokens": 18 / 5,
         "no_answer": 1 / 5,
         "no_verdict": 1 / 7,
+        "repeats": 2 / 3,  # every solve here answers "1", but for the last
         "responses": 5,
     }
 
@@ -138,7 +139,8 @@ def test_at_k_by_hand():
     assert found["pass_at_k"] == pytest.approx({"1": 1 / 3, "2": (1 / 2 + 0 + 1) / 3, "4": 2 / 3})
     accuracy = [1 / 4, 0, 3 / 4]
     assert found["standard_error"] == pytest.approx((sum((x - 1 / 3) ** 2 for x in accuracy) / 2 / 3) ** 0.5)
-    assert set(at_k(samples(p="+", q="-"))) == {"standard_error"}  # one response each: no k
+    one = at_k(samples(p="+", q="-"))  # one response each: no k
+    assert set(one) == {"standard_error", "right"} and one["right"] == "10"
     assert at_k(samples(p="+-"))["standard_error"] is None  # one problem: no spread over problems
 
 
@@ -174,7 +176,7 @@ def test_maj_at_k_looks_at_the_first_k_samples_whatever_their_order():
 
 
 def test_warnings_are_none_for_a_step_with_something_to_learn():
-    assert warnings(summarize([response("+c"), response("-i+c")]), [1.0, -1.0]) == []
+    assert warnings(summarize([response("+c"), response("-i0c")]), [1.0, -1.0]) == []
     assert warnings(summarize([response("+"), response("-")]), [1.0, -1.0]) == []  # no verdicts at all
 
 
@@ -183,6 +185,7 @@ def test_warnings_are_none_for_a_step_with_something_to_learn():
     (["0c", "0i"], [-1.0, -0.5], "no response ends in a boxed answer"),
     (["+c"] * 20 + ["-i"], [1.0] * 20 + [-1.0], 'more than 95 % of the verdicts say "correct"'),
     (["-i"] * 20 + ["+c"], [-1.0] * 20 + [1.0], 'more than 95 % of the verdicts say "incorrect"'),
+    (["-i+c"] * 9 + ["-i0"] * 2, [1.0] * 9 + [-1.0] * 2, "more than 80 % of the retries"),
 ])  # fmt: skip
 def test_warnings_name_what_a_step_cannot_learn_from(codes, rewards, expected):
     (found,) = warnings(summarize([response(code) for code in codes]), rewards)

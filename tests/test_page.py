@@ -31,7 +31,7 @@ def content(html: str) -> dict:
 
 @pytest.mark.parametrize("code, expected", [
     ("+c", []), ("-i+c", ["corrected"]), ("+i-c", ["spoiled", "missed", "false alarm"]), ("-c", ["missed"]),
-    ("+i+c", ["false alarm"]), ("-i-?", []), ("?", []),
+    ("+i+c", ["false alarm", "repeats an answer"]), ("-i-?", ["repeats an answer"]), ("?", []),
 ])  # fmt: skip
 def test_labels_name_what_happened(code, expected, tokenizer):
     assert labels(response(code, tokenizer)) == expected

@@ -34,6 +34,16 @@ def test_reports_are_compared_in_one_table(tmp_path, capsys):
     assert printed.count("62.5 ±37.5") == 2 and "pass / maj" in printed and "100.0 / 100.0" in printed
 
 
+def test_reports_on_the_same_problems_are_paired(tmp_path, capsys):
+    sets = {"a": dict(p="+", q="-", r="-"), "b": dict(p="-", q="+", r="+"), "c": dict(p="+", q="+", r="+")}
+    for name, codes in sets.items():
+        data = {"data": "other.jsonl" if name == "c" else "F.jsonl"}
+        (tmp_path / f"{name}.json").write_text(json.dumps(summarize(rows := samples(**codes)) | at_k(rows) | data))
+    main(Config(tuple(str(tmp_path / f"{name}.json") for name in sets)))
+    paired = [line for line in capsys.readouterr().out.splitlines() if "gained" in line]
+    assert paired == [f"{tmp_path}/b against {tmp_path}/a: 2 problems gained, 1 lost, p = 1 (McNemar's test)"]
+
+
 def test_report_refuses_what_is_not_one(tmp_path):
     with pytest.raises(ValueError, match="c.json: no report there; give"):
         main(Config((str(tmp_path / "c.json"),)))

@@ -280,12 +280,12 @@ def test_step_moves_log_probability_the_way_of_the_advantage(level, sign, model,
         policy = Transformer(model.config)
         policy.load_state_dict(model.state_dict())
         before, _ = policy_logp(policy, work.pack, 0.7)
-        loss, _ = rl.policy_loss(before, work.logp_old, work.span, work.advantage, work.weight, epsilon=0.2)
+        loss, _ = rl.policy_loss(before, work.logp_old, work.span, work.reward - work.baseline, work.weight, epsilon=0.2)
         loss.backward()
         torch.optim.SGD(policy.parameters(), lr=1e-3).step()
         with torch.no_grad():
             after, _ = policy_logp(policy, work.pack, 0.7)
-        change = rl.span_sum(after - before.detach(), work.span, len(work.advantage))[target].item()
+        change = rl.span_sum(after - before.detach(), work.span, len(work.reward))[target].item()
         assert sign * change > 1e-4
 
 
@@ -299,7 +299,7 @@ def test_ratio_is_exactly_one_before_the_first_update(budget, dtype, checkpointi
     for work in scored(model, group, rl.online_credit(group, "process", 1), temperature=0.7, tokens_per_microbatch=budget):
         logp, _ = policy_logp(model, work.pack, 0.7)
         assert logp.requires_grad and torch.equal(logp, work.logp_old) and torch.equal(work.logp_ref, work.logp_old)
-        ratio = rl.policy_loss(logp, work.logp_old, work.span, work.advantage, work.weight, epsilon=0.2)[1]
+        ratio = rl.policy_loss(logp, work.logp_old, work.span, work.reward - work.baseline, work.weight, epsilon=0.2)[1]
         assert (ratio == 1).all()
 
 
@@ -311,7 +311,7 @@ def test_score_covers_the_response_and_nothing_of_the_prompt(model, tokenizer):
     assert torch.cat([m.logp_sampled for m in work]).tolist() == [x for t in group for x in t.logp]
     assert sum(m.weight.sum().item() for m in work) == pytest.approx(1.0)
     for m in work:
-        assert len(m.span) == len(m.pack.scored) and m.span.max() == len(m.advantage) - 1
+        assert len(m.span) == len(m.pack.scored) and m.span.max() == len(m.reward) - 1
 
 
 class Stop(Exception):

@@ -595,7 +595,7 @@ def test_gradient_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(start
 
     def poisoned(model, batch, temperature, policy_logp=train_rl.policy_logp):
         logp, entropy = policy_logp(model, batch, temperature)
-        return (logp * float("nan") if logp.requires_grad and next(calls) == 4 else logp), entropy
+        return (logp * float("nan") if logp.requires_grad and next(calls) == 5 else logp), entropy
 
     monkeypatch.setattr(train_rl, "policy_logp", poisoned)
     with pytest.raises(SystemExit) as exit:
@@ -605,7 +605,7 @@ def test_gradient_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(start
     (file,) = (tmp_path / "out").glob("batch-*")
     assert f"the batch is saved in {file}" in error
     parts = torch.load(file, weights_only=True)
-    assert {"advantage", "span", "logp_old", "logp_sampled"} <= set(parts[0])
+    assert {"reward", "span", "logp_old", "logp_sampled"} <= set(parts[0])
     assert all(part["logp_old"].isfinite().all() and len(part["pack"]["ids"]) > len(part["logp_old"]) for part in parts)
     state = torch.load(tmp_path / "out" / "step-2" / "state.pt")
     assert state["step"] == 2 and all(x.isfinite().all() for x in state["model"].values())

@@ -105,21 +105,17 @@ TABLES = (  # what a table shows, its rows, its columns as `value` takes them
 def extended(report: dict, rows: list[dict]) -> dict:
     """A report with more about its rollouts.
 
-    "right": "1" or "0" for each problem. "after": accuracy if only the first k solves count, by k. "sound…": the audit.
+    "after": accuracy if only the first k solves count, by k. "sound…": the audit.
     """
     solves = [[action["reward"] > 0 for action in row["actions"] if action["kind"] == "solve"] for row in rows]
     after = {str(k): mean(bool(row) and row[min(k, len(row)) - 1] for row in solves) for k in (1, 2, 4, 8)}
     faults = mark(rows)
     total = sum(faults.values(), Counter())
     return report | {
-        "right": bits(row["reward"] > 0 for row in rows), "after": after,
+        "after": after,
         "sound": total[""] / total.total() if total else None,
         "sound_by_trial": {str(number): count[""] / count.total() for number, count in sorted(faults.items())},
     }  # fmt: skip
-
-
-def bits(values) -> str:
-    return "".join("01"[value] for value in values)
 
 
 def voted(rows: list[dict], tokens: float) -> dict[str, dict]:
@@ -132,7 +128,8 @@ def voted(rows: list[dict], tokens: float) -> dict[str, dict]:
     first = [samples[:k] for samples in problems.values()]
     most = [Counter(row).most_common(1)[0][0][1] for row in first]  # a tie goes to the earlier answer
     found = zip(VOTES, (most, [any(right for _, right in row) for row in first]))
-    return {name: {"accuracy": mean(r), "right": bits(r), "tokens": k * length, "k": k} for name, r in found}
+    one = {"tokens": k * length, "k": k}
+    return {name: one | {"accuracy": mean(r), "right": "".join("01"[x] for x in r)} for name, r in found}
 
 
 def reports(folder: str) -> dict[str, dict]:
@@ -210,7 +207,7 @@ def main(cfg: Config) -> None:
         write_jsonl(f"{folder}/trajectories-200.jsonl", read_jsonl(f"{folder}/trajectories.jsonl")[:200])
     for seed, folder in folders.items():
         make(stages(ABLATIONS, folder, seed))
-        commit = json.loads(Path(folder, "sft/run.json").read_text())["commit"]
+        commit = json.loads(Path(folder, "rl-outcome/run.json").read_text())["commit"]
         kept[seed].mkdir(parents=True, exist_ok=True)
         for name, report in reports(folder).items():
             (kept[seed] / f"{name}.json").write_text(json.dumps(report | {"commit": commit}, indent=1) + "\n")

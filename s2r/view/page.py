@@ -20,7 +20,7 @@ from s2r.rl import online_credit
 from s2r.rollouts import Trajectory, load_rollouts
 from s2r.run.flags import start
 
-FILTERS = ("corrected", "spoiled", "missed", "false alarm", "right verdict, wrong reason", "cut off")
+FILTERS = ("corrected", "spoiled", "missed", "false alarm", "right verdict, wrong reason", "repeats an answer", "cut off")
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,14 @@ def labels(trajectory: Trajectory) -> list[str]:
     solves = [action for action in trajectory.actions if action.kind == "solve"]
     first, last = (bool(solves and solves[i].correct) for i in (0, -1))
     checks = {(action.truth, action.verdict) for action in trajectory.actions if action.kind == "verify"}
+    answers = [solve.answer for solve in solves if solve.answer]
     holds = {
         "corrected": last and not first,
         "spoiled": first and not last,
         "missed": ("incorrect", "correct") in checks,
         "false alarm": ("correct", "incorrect") in checks,
         "right verdict, wrong reason": any(a.sound is False and a.verdict == a.truth for a in trajectory.actions),
+        "repeats an answer": len(set(answers)) < len(answers),
         "cut off": not trajectory.finished,
     }
     return [name for name in FILTERS if holds[name]]

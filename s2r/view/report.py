@@ -6,13 +6,18 @@
     base            100.0           100.0    1.00      –         –      –      –     –  0.0     100.0      12
     after SFT        50.0             0.0    1.50  100.0     100.0  100.0  100.0  50.0    –     100.0       0
 
-s2r/metrics.py defines the columns. The scripts print `table`; `interval` and `mcnemar` are for the
-toy world's findings.
+s2r/metrics.py defines the columns. Each model is compared with the one before it, problem by problem, if both answered
+the problems of one file once:
+
+    after SFT against base: 12 problems gained, 3 lost, p = 0.035 (McNemar's test)
+
+The scripts print `table`; the toy world's findings use `interval`.
 """
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import comb
 from pathlib import Path
 from statistics import mean, stdev
@@ -40,6 +45,10 @@ def main(cfg: Config) -> None:
             raise ValueError(f"{path}: no report there; give a file that sample.py --report wrote")
         rows[path.removesuffix(".json")] = report
     print(table(rows))
+    for (name, before), (other, after) in pairwise(rows.items()):
+        if "right" in before and "right" in after and before["data"] == after["data"]:
+            gained, lost, p = mcnemar(after["right"], before["right"])
+            print(f"{other} against {name}: {gained} problems gained, {lost} lost, p = {p:.2g} (McNemar's test)")
 
 
 def table(rows: dict[str, dict]) -> str:
