@@ -4,7 +4,8 @@ import pytest
 
 from s2r.data import read_jsonl, write_jsonl
 from s2r.grammar import VERIFY_OPENING
-from s2r.toy import audit
+from s2r.stage0.audit import audit
+from s2r.toy.audit import fault as toy_fault
 
 PROBLEM = "Put plus or minus in the gaps: 62 _ 7 _ 11 = 58."  # plus minus
 SUMS, END = "Add up: 62 plus 7 is 69, 69 minus 11 is 58.", "The target is 58. 58 and 58 are the same."
@@ -24,7 +25,7 @@ SUMS, END = "Add up: 62 plus 7 is 69, 69 minus 11 is 58.", "The target is 58. 58
     ("plus minus", "Therefore, the answer is correct.", "other signs than the answer's"),
 ])
 def test_fault_names_the_first_thing_wrong(answer, check, fault):
-    assert audit.fault(PROBLEM, answer, f"{VERIFY_OPENING} {check}\n\n") == fault
+    assert toy_fault(PROBLEM, answer, check) == fault
 
 
 def test_command_marks_sound_checks_and_counts_true_verdicts(tmp_path, capsys):
@@ -34,6 +35,6 @@ def test_command_marks_sound_checks_and_counts_true_verdicts(tmp_path, capsys):
                  {"kind": "solve", "answer": "plus minus", "reward": 1}, {"kind": "verify", "verdict": "correct", "reward": 1}]}
             for i, check in enumerate((sound, lucky))]
     write_jsonl(tmp_path / "r.jsonl", rows)
-    audit.main(audit.Config([str(tmp_path / "r.jsonl")]))
+    audit([str(tmp_path / "r.jsonl")], toy_fault)
     assert [row["actions"][1]["sound"] for row in read_jsonl(tmp_path / "r.jsonl")] == [True, False]
     assert "2 checks with a true verdict, sound: 50.0 %" in capsys.readouterr().out

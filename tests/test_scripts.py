@@ -98,7 +98,7 @@ def test_train_rl_writes_a_run_folder_that_opens_again(level, world, tmp_path, c
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert list(rows[0]) == [
         "step", "reward", "accuracy", "first_accuracy", "trials", "va", "va_right", "er", "cp", "icr", "cir",
-        "say_correct", "tokens", "finished", "kl", "entropy", "gap", "clipped", "grad_norm", "lr", "seconds_rollout", "seconds_score", "seconds_update"]
+        "say_correct", "repeats", "tokens", "finished", "kl", "entropy", "gap", "clipped", "grad_norm", "lr", "seconds_rollout", "seconds_score", "seconds_update"]
     assert [row["lr"] for row in rows] == pytest.approx([8e-4, 1.6e-3, 2e-3, 2e-3])  # two updates a step
     assert rows[0]["kl"] == 0 and rows[-1]["kl"] != 0  # starts as its own reference
     assert all(row["gap"] < 1e-5 and -1 <= row["reward"] <= 1 and row["entropy"] > 0 for row in rows)

@@ -23,12 +23,17 @@ from pathlib import Path
 
 from s2r.data import Problem, load_problems, write_jsonl
 from s2r.grade import equivalent
-from s2r.grammar import VERDICT_SENTENCE
+from s2r.grammar import VERDICT_SENTENCE, parse_verdict
 from s2r.run.flags import check, start
 
 SIGN = {ast.Add: "+", ast.Sub: "−", ast.Mult: "×", ast.Div: "÷"}
 INVERSE = {"+": "−", "−": "+", "×": "÷", "÷": "×"}
 OPENINGS = ("Going backwards from {}:", "Undo the steps, starting from {}:", "If the answer is {}, then")
+NUMBER = r"\d{1,12}(?:\.\d{1,6})?"
+ONES = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
+    eighteen nineteen""".split()
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+WORDS = {word: i for i, word in enumerate(ONES)} | {word: 10 * i for i, word in enumerate(TENS, start=2)}
 LONGEST, MOST = 100, 4  # characters of an equation; equations of a formula
 
 Tree = tuple["Tree", str, "Tree"] | Fraction  # a number of the problem, or two trees and the sign between them
@@ -79,6 +84,13 @@ def number(x: Fraction) -> str | None:
     return str(x) if x.denominator == 1 else f"{float(x):.4f}".rstrip("0")
 
 
+def numbers(text: str) -> set[Fraction]:
+    """The numbers that a problem says, in digits or in words up to ninety-nine."""
+    words = [word.split("-") for word in re.findall(r"[a-z]+(?:-[a-z]+)?", text.lower())]
+    said = {Fraction(sum(map(WORDS.get, word))) for word in words if WORDS.keys() >= set(word)}
+    return said | {Fraction(x) for x in re.findall(NUMBER, text.replace(",", ""))}
+
+
 def forwards(tree: Tree) -> list[str]:
     """The steps of a tree: ["53 − 2 = 51", "51 ÷ 3 = 17"]. Raises ValueError where a number cannot be written."""
     if isinstance(tree, Fraction):
@@ -124,13 +136,45 @@ def verify(problem: Problem, answer: str) -> str | None:
     except (ValueError, ZeroDivisionError):
         return None
     if not end:
-        says = "the problem says" if number(tree) in re.findall(r"\d+(?:\.\d+)?", problem.problem) else "it should be"
+        says = "the problem says" if tree in numbers(problem.problem) else "it should be"
         steps[-1] += f", {'and' if x == tree else 'but'} {says} {number(tree)}"
     verdict = "correct" if not end and x == tree else "incorrect"
     if (verdict == "correct") != (start == right):
         return None
     opening = OPENINGS[zlib.crc32(f"{problem.problem} {answer}".encode()) % len(OPENINGS)].format(number(start))
     return f"{opening} {'; '.join([*steps, *[end] * bool(end)])}. {VERDICT_SENTENCE[verdict]}"
+
+
+def fault(problem: str, answer: str | None, check: str) -> str:
+    """The first fault of a check like those of `verify`; "" if it is sound. It may undo other steps than the formula's."""
+    said = re.search(NUMBER, check)
+    if not said or answer is None or not equivalent(said[0], answer):
+        return "not about the answer"
+    known = numbers(problem) | {Fraction(said[0])}
+    result = ends = None
+    for a, sign, b, c in re.findall(rf"({NUMBER}) ([+−×÷]) ({NUMBER})(?: = ({NUMBER})| does not come out even)", check):
+        a, b = Fraction(a), Fraction(b)
+        if not {a, b} <= known:
+            return "a number that the problem does not say"
+        result = None if sign == "÷" and not b else apply(a, sign, b)
+        ends = ends or not c
+        if result is None or (result != Fraction(c) if c else number(result) is not None):
+            return "a wrong calculation"
+        known.add(result)
+    if less := re.search(rf"({NUMBER}) is less than ({NUMBER})", check):
+        ends, (a, b) = True, map(Fraction, less.groups())
+        if not {a, b} <= known or a >= b:
+            return "a wrong comparison"
+    told = re.search(rf"the problem says ({NUMBER})", check)
+    if told and Fraction(told[1]) not in numbers(problem):
+        return "a number that the problem does not say"
+    told = told or re.search(rf"it should be ({NUMBER})", check)
+    if not ends and not told:
+        return "no comparison"
+    if not ends and result is None:
+        return "no calculation"
+    verdict = "incorrect" if ends or result != Fraction(told[1]) else "correct"
+    return "" if parse_verdict(check) == verdict else "a verdict that does not follow"
 
 
 def solution(problem: Problem) -> str | None:

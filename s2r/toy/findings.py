@@ -15,8 +15,9 @@ from statistics import mean
 from s2r.data import check_output, read_jsonl, write_jsonl
 from s2r.run.flags import check, start
 from s2r.run.stages import make
+from s2r.stage0.audit import mark
 from s2r.toy.__main__ import BASE, BUILD, LONGEST, MODELS, PLAN, RL, SFT, Plan, evaluation, stages
-from s2r.toy.audit import mark
+from s2r.toy.audit import fault
 from s2r.view.report import interval, mcnemar
 
 PAGE = """\
@@ -109,7 +110,7 @@ def extended(report: dict, rows: list[dict]) -> dict:
     """
     solves = [[action["reward"] > 0 for action in row["actions"] if action["kind"] == "solve"] for row in rows]
     after = {str(k): mean(bool(row) and row[min(k, len(row)) - 1] for row in solves) for k in (1, 2, 4, 8)}
-    faults = mark(rows)
+    faults = mark(rows, fault)
     total = sum(faults.values(), Counter())
     return report | {
         "after": after,
