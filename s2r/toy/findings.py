@@ -18,6 +18,7 @@ from s2r.run.stages import make
 from s2r.stage0.audit import mark
 from s2r.toy.__main__ import BASE, BUILD, LONGEST, MODELS, PLAN, RL, SFT, Plan, evaluation, stages
 from s2r.toy.audit import fault
+from s2r.toy.world import problems
 from s2r.view.report import interval, mcnemar
 
 PAGE = """\
@@ -38,7 +39,8 @@ outcome RL of the base, whose answers have no checks. `base-majority` and `base-
 the base model as have the tokens of a mean response after outcome RL. The first takes the most frequent answer. The second
 is right if one of them is, as if a perfect checker chose."""
 LENGTH = f"Accuracy if only the first k trials count. {LONGEST} tokens, the limit, admit 7 trials with five gaps."
-LEVEL = "Accuracy and trials by level, which is the number of gaps less 1."
+LEVEL = """Accuracy and trials by level, which is the number of gaps less 1, and on 250 problems with six gaps, one more than any
+problem that a model has learnt from."""
 AUDIT = "Fraction of sound checks among those with a true verdict: first checks of a response, second ones, and so on."
 
 # Claim, the paper's numbers, the value compared, the models with more and with less of it.
@@ -89,6 +91,7 @@ ABLATIONS: Plan = (
         --n 32 --temperature 0.7 --max-new-tokens 32 --show 0"""),
     *[(name, needs, f"{command} --out F/{name}") for name, needs, command in TRAINED],
     *[evaluation(name) for name, _, _ in TRAINED],
+    *[evaluation(name, "longer") for name in MODELS],
 )  # fmt: skip
 REPORTS = (*MODELS, *(name for name, _, _ in TRAINED))  # of sample.py
 
@@ -98,7 +101,7 @@ VOTES = ("base-majority", "base-checked")
 TABLES = (  # what a table shows, its rows, its columns as `value` takes them
     (ALL, (*REPORTS, *VOTES), "accuracy first_accuracy trials va va_right er cp icr cir sound finished tokens"),
     (LENGTH, CHECKING, "after.1 after.2 after.4 after.8"),
-    (LEVEL, MODELS, " ".join(f"by_level.{level}.{name}" for name in ("accuracy", "trials") for level in (1, 2, 3, 4))),
+    (LEVEL, MODELS, " ".join(f"by_level.{level}.{name}" for name in ("accuracy", "trials") for level in (1, 2, 3, 4, 5))),
     (AUDIT, CHECKING, " ".join(f"sound_by_trial.{number}" for number in (1, 2, 3, 4, 5))),
 )
 
@@ -137,17 +140,18 @@ def reports(folder: str) -> dict[str, dict]:
     """Reports of all models of a seed, from what the stages left in its folder."""
     found = {name: json.loads(Path(folder, f"{name}.json").read_text()) for name in REPORTS}
     found = {name: extended(report, read_jsonl(f"{folder}/{name}.test.jsonl")) for name, report in found.items()}
+    for name in MODELS:
+        found[name]["by_level"] |= json.loads(Path(folder, f"{name}.longer.json").read_text())["by_level"]
     return found | voted(read_jsonl(f"{folder}/base.votes.jsonl"), found["rl-outcome"]["tokens"])
 
 
 def value(report: dict, name: str) -> float | None:
     """A number of a report, fractions in per cent; None where the report has none. A dot leads into a part of it.
 
-    "harder": trials at the hardest level less those at the easiest. "bias": VA on right less VA on wrong answers.
+    "harder": trials with five gaps less those with two. "bias": VA on right less VA on wrong answers.
     """
     if name == "harder":
-        levels = report["by_level"]
-        return levels[max(levels)]["trials"] - levels[min(levels)]["trials"]
+        return report["by_level"]["4"]["trials"] - report["by_level"]["1"]["trials"]
     if name == "bias":
         return 100 * (report["va_right"] - report["er"])
     found = report
@@ -204,8 +208,9 @@ def main(cfg: Config) -> None:
     folders = {seed: f"{cfg.folder}/seed-{seed}" for seed, path in enumerate(kept)
                if not all((path / f"{name}.json").exists() for name in TABLES[0][1])}  # fmt: skip
     make([stage for seed, folder in folders.items() for stage in stages(PLAN, folder, seed)])
-    for folder in folders.values():
+    for seed, folder in folders.items():
         write_jsonl(f"{folder}/trajectories-200.jsonl", read_jsonl(f"{folder}/trajectories.jsonl")[:200])
+        write_jsonl(f"{folder}/longer.jsonl", problems("longer", 250, seed, gaps=(6,)))
     for seed, folder in folders.items():
         make(stages(ABLATIONS, folder, seed))
         commit = json.loads(Path(folder, "rl-outcome/run.json").read_text())["commit"]

@@ -13,6 +13,7 @@ is wrong, try another. The answer is the row in words, `\boxed{plus minus minus}
 import random
 import re
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -70,16 +71,21 @@ def puzzle(rng: random.Random, test: bool = False, gaps: int | None = None) -> P
             return Puzzle(xs, row)
 
 
+def problems(name: str, size: int, seed: int, gaps: Sequence[int] = GAPS) -> list[dict]:
+    """Rows of a problem file, all numbers of gaps equally often, no puzzle twice; test puzzles unless its name is "train"."""
+    rng, found = random.Random(f"{seed} {name}"), {}
+    while len(found) < size:
+        i = len(found)
+        p = puzzle(rng, name != "train", gaps[i % len(gaps)])
+        row = {"problem": p.text, "answer": " ".join(p.row), "level": len(p.row) - 1, "unique_id": f"toy/{name}/{i}"}
+        found.setdefault(p.text, row)
+    return list(found.values())
+
+
 def write_problems(folder: str | Path, *, train: int = 4000, test: int = 1000, seed: int) -> None:
-    """Problem files, all levels equally often, no puzzle twice. `train.jsonl` is last: then both are there."""
+    """Problem files. `train.jsonl` is last: then both are there."""
     for name, size in (("test", test), ("train", train)):
-        rng, found = random.Random(f"{seed} {name}"), {}
-        while len(found) < size:
-            i = len(found)
-            p = puzzle(rng, name == "test", GAPS[i % len(GAPS)])
-            row = {"problem": p.text, "answer": " ".join(p.row), "level": len(p.row) - 1, "unique_id": f"toy/{name}/{i}"}
-            found.setdefault(p.text, row)
-        write_jsonl(Path(folder) / f"{name}.jsonl", found.values())
+        write_jsonl(Path(folder) / f"{name}.jsonl", problems(name, size, seed))
 
 
 def solve(row: tuple[str, ...]) -> str:
