@@ -11,6 +11,7 @@ are kept in OUT.begun; rerun the same command to continue.
 import s2r  # isort: skip  # noqa: F401  before torch: it settles how torch's threads wait
 
 import json
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,9 @@ def main(cfg: Config) -> None:
     print(table({cfg.model: metrics}))
     if cfg.report:
         report = {"model": cfg.model, "data": cfg.data} | settings | metrics
-        Path(cfg.report).write_text(json.dumps(report, indent=2) + "\n")
+        partial = Path(f"{cfg.report}.partial")  # renamed when whole: scripts take a report as the sign that all is done
+        partial.write_text(json.dumps(report, indent=2) + "\n")
+        os.replace(partial, cfg.report)
 
 
 def check_settings(cfg: Config) -> None:

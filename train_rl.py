@@ -13,7 +13,7 @@ import s2r  # isort: skip  # noqa: F401  before torch: it settles how torch's th
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -40,7 +40,7 @@ class Config:
     baseline: Literal["position", "context", "context-only"] = "position"  # offline RL: which spans share b̂ (App. F)
     problems: int = 64  # N, problems per step (paper: 64)
     rollouts: int = 4  # M, rollouts per problem (paper: 4)
-    updates: int = 4  # optimizer updates per RL step, each on the rollouts of its own problems (paper: 4)
+    updates: int = 4  # optimizer updates per RL step, each on its own part of the rollouts, whole problems (paper: 4)
     temperature: float = 0.7  # of sampling, and of every log-probability (paper: 0.7)
     beta: float = 0.05  # β, weight of the KL to π_ref in the advantage (paper: 0.05; 0.01 for Qwen2.5-Math-7B)
     epsilon: float = 0.2  # ε, clip range of the ratio (paper: 0.2)
@@ -100,24 +100,24 @@ def main(cfg: Config) -> None:
         # 2. Give each span its reward and baseline: the whole trajectory, or each of its actions.
         credits = credit(trajectories)
 
-        # 3. Split the problems over the updates; score the rollouts under π_old and π_ref.
+        # 3. Split the rollouts over the updates, whole problems to each; score them under π_old and π_ref.
         updates = []
         shuffled = order(cfg.problems, cfg.seed + 1, step)  # + 1: other permutations than those of the data
         groups = np.arange(len(trajectories)).reshape(-1, cfg.rollouts)[shuffled]  # (N, M)
-        for rows in np.array_split(groups, cfg.updates):
+        for update, rows in enumerate(np.array_split(groups, cfg.updates)):
             part = [(trajectories[i], credits[i]) for i in rows.flat]
-            scorer = old if updates or cfg.offline else None  # the first update runs π_old itself
-            updates.append(score(part, ranks, scorer, reference, cfg))
+            itself = update == 0 and not cfg.offline  # its own forward pass gives log π_old: the weights are still those
+            updates.append(score(part, ranks, None if itself else old, reference, cfg))
         clock.lap("score")
 
         # 4. Advantages and policy gradient: one optimizer step per update, its loss the sum over its micro-batches.
         ratios, norms = [], []
         for update, micro_batches in enumerate(updates, start=1 + (step - 1) * cfg.updates):
             total = torch.zeros((), device=ranks.device)
-            for i, m in enumerate(micro_batches):
+            for m in micro_batches:
                 logp, entropy = policy_logp(model, m.pack, cfg.temperature)
-                if m.logp_old is None:  # π_θ is still π_old
-                    m = micro_batches[i] = replace(m, logp_old=logp.detach(), entropy=entropy)
+                if m.logp_old is None:
+                    m.logp_old, m.entropy = logp.detach(), entropy
                 advantage = rl.advantages(m.reward, m.baseline, m.logp_old, m.logp_ref, m.span, beta=cfg.beta)
                 loss, ratio = rl.policy_loss(logp, m.logp_old, m.span, advantage, m.weight, epsilon=cfg.epsilon)
                 (loss * ranks.size).backward()  # the ranks' gradients are averaged, and we want their sum
@@ -153,7 +153,7 @@ def check_settings(cfg: Config) -> None:
     if cfg.level == "outcome" and cfg.rollouts < 2 and not cfg.offline:
         raise ValueError("--rollouts 1: the leave-one-out baseline of the outcome level needs 2 or more")
     if cfg.updates > cfg.problems:
-        raise ValueError(f"--updates {cfg.updates}: a step has only {cfg.problems} problems")
+        raise ValueError(f"--updates {cfg.updates}: a step has only {cfg.problems} problems; lower it or raise --problems")
 
 
 def online_source(cfg: Config, problems: list, sampler: loop.Sampler) -> tuple[Callable, Callable, list]:
@@ -183,7 +183,7 @@ def offline_source(cfg: Config, tokenizer, reference, ranks: Ranks) -> tuple[Cal
     return collect, lambda trajectories: [credits[id(t)] for t in trajectories], recorded
 
 
-@dataclass(frozen=True)
+@dataclass
 class Scored:
     """One micro-batch ready for the update: Q response tokens in J spans."""
 
@@ -210,7 +210,7 @@ def score(
     for p in ranks.even(pack(*sequences([t for t, _ in part]), cfg.tokens_per_microbatch, device, prompts)):
         span, reward, baseline, weight = rl.spans([part[row][1] for row in p.rows], total, device)
         sampled = torch.tensor([x for row in p.rows for x in part[row][0].logp], device=device)
-        logp_old, entropy = policy_logp(old, p, cfg.temperature) if old else (None, None)
+        logp_old, entropy = policy_logp(old, p, cfg.temperature) if old is not None else (None, None)
         if reference is None:
             logp_ref = sampled  # β = 0: it is multiplied by zero
         else:  # offline π_ref is π_old

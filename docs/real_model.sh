@@ -1,28 +1,33 @@
 #!/bin/sh
-# A pretrained model learns to check itself, on ASDiv's word problems. docs/real_model.md explains it and has the results.
+# A pretrained model learns to check itself, on ASDiv's word problems. Run it from the root of the repository:
 #
 #     sh docs/real_model.sh MODEL asdiv.jsonl FOLDER SEED
 #
 # MODEL is the Hugging Face folder of a small instruct model; everything goes to FOLDER. What is made is not made again: to
 # resume, give the same command again.
 set -eu
+trap 'exit 130' INT TERM # a training script that is asked to stop saves and exits with status 0
+[ $# = 4 ] || { echo "usage: sh docs/real_model.sh MODEL asdiv.jsonl FOLDER SEED" >&2; exit 2; }
 model=$1 data=$2 F=$3 seed=$4
 
-train() { # name, flags: the run folder FOLDER/name; once it was evaluated it is complete
-  [ -e "$F/$1.json" ] || { name=$1; shift; python "$@" --out "$F/$name" --seed "$seed" --resume; }
+make() { # file, command: the command, unless the file is there
+  [ -e "$1" ] || { shift; python "$@"; }
 }
-sample() { # name, flags: the rollout file FOLDER/name.jsonl
-  [ -e "$F/$1.jsonl" ] || { name=$1; shift; python sample.py --out "$F/$name.jsonl" --seed "$seed" --show 0 "$@"; }
+train() { # name, flags: the run folder FOLDER/name; one that has been evaluated is finished
+  name=$1
+  shift
+  make "$F/$name.json" "$@" --out "$F/$name" --seed "$seed" --resume
 }
-evaluate() { # name, model folder: on the test problems, greedily
-  sample "$1.test" --model "$2" --data "$F/test.jsonl" --max-new-tokens 400 --report "$F/$1.json"
+evaluate() { # name, model folder: greedy answers to the test problems
+  make "$F/$1.json" sample.py --model "$2" --data "$F/test.jsonl" --max-new-tokens 400 --show 0 \
+    --out "$F/$1.test.jsonl" --report "$F/$1.json"
 }
 sft="train_sft.py --lr 1e-4 --batch-size 16 --max-length 1024 --tokens-per-microbatch 4096"
-rl="train_rl.py --model $F/sft --data $F/rl.jsonl --problems 16 --rollouts 4 --updates 1 --beta 0.01 --lr 1e-5 --steps 40
-  --max-new-tokens 400 --tokens-per-microbatch 4096"
+rl="train_rl.py --problems 16 --rollouts 4 --updates 1 --beta 0.01 --lr 1e-5 --steps 40 --max-new-tokens 400
+  --tokens-per-microbatch 4096"
 
 # Problems whose formula can be undone: for stages 0 and 1, for RL, for the test.
-[ -e "$F/test.jsonl" ] || python -m s2r.stage0.formula --data "$data" --folder "$F"
+make "$F/test.jsonl" -m s2r.stage0.formula --data "$data" --folder "$F"
 evaluate base "$model"
 
 # Warm-up: the base model rarely boxes an answer. It learns the form of a solution from the solutions.
@@ -30,26 +35,32 @@ train warm $sft --model "$model" --data "$F/sft.jsonl" --kl 0 --epochs 2
 evaluate warm "$F/warm"
 
 # Stage 0: five samples per problem, checks by the rule, trajectories. Stage 1: SFT.
-sample samples --model "$F/warm" --data "$F/sft.jsonl" --n 5 --temperature 0.7 --max-new-tokens 128
-[ -e "$F/trajectories.jsonl" ] || {
-  python -m s2r.stage0.verifications --rollouts "$F/samples.jsonl" --out "$F/checks.jsonl" --by formula --data "$F/sft.jsonl"
-  python -m s2r.stage0.build --rollouts "$F/samples.jsonl" --verifications "$F/checks.jsonl" --out "$F/trajectories.jsonl"
-}
+make "$F/samples.jsonl" sample.py --model "$F/warm" --data "$F/sft.jsonl" --n 5 --temperature 0.7 --max-new-tokens 128 \
+  --seed "$seed" --show 0 --out "$F/samples.jsonl"
+make "$F/trajectories.jsonl" -m s2r.stage0.verifications --rollouts "$F/samples.jsonl" --out "$F/checks.jsonl" \
+  --by formula --data "$F/sft.jsonl"
+make "$F/trajectories.jsonl" -m s2r.stage0.build --rollouts "$F/samples.jsonl" --verifications "$F/checks.jsonl" \
+  --seed "$seed" --out "$F/trajectories.jsonl"
 train sft $sft --model "$F/warm" --data "$F/trajectories.jsonl" --kl 0.01 --epochs 3
 evaluate sft "$F/sft"
 
 # Stage 2, on problems that no stage has seen.
 for level in outcome process; do
-  train "rl-$level" $rl --level "$level"
-  evaluate "rl-$level" "$F/rl-$level"
+  train rl-$level $rl --model "$F/sft" --data "$F/rl.jsonl" --level $level
+  evaluate rl-$level "$F/rl-$level"
 done
 
 # Controls, each with at least as many updates as the models that it stands beside.
 train warm-plus $sft --model "$model" --data "$F/sft.jsonl" --kl 0 --epochs 6
 evaluate warm-plus "$F/warm-plus"
-train sft-plus $sft --model "$F/warm" --data "$F/trajectories.jsonl" --kl 0.01 --epochs 5
+train sft-plus $sft --model "$F/warm" --data "$F/trajectories.jsonl" --kl 0.01 --epochs 6
 evaluate sft-plus "$F/sft-plus"
-sample votes --model "$F/warm" --data "$F/test.jsonl" --n 16 --temperature 0.7 --max-new-tokens 128 --report "$F/votes.json"
+make "$F/votes.json" sample.py --model "$F/warm" --data "$F/test.jsonl" --n 16 --temperature 0.7 --max-new-tokens 128 \
+  --seed "$seed" --show 0 --out "$F/votes.jsonl" --report "$F/votes.json"
 
-python -m s2r.view.report "$F"/base.json "$F"/warm.json "$F"/warm-plus.json "$F"/sft.json "$F"/sft-plus.json \
-  "$F"/rl-outcome.json "$F"/rl-process.json "$F"/votes.json
+python -m s2r.stage0.audit "$F/sft.test.jsonl" "$F/sft-plus.test.jsonl" "$F/rl-outcome.test.jsonl" "$F/rl-process.test.jsonl"
+python -m s2r.view.report "$F/base.json" "$F/warm.json" "$F/warm-plus.json" "$F/sft.json" "$F/sft-plus.json" \
+  "$F/rl-outcome.json" "$F/rl-process.json" "$F/votes.json"
+for pair in "warm-plus sft" "sft rl-outcome" "sft-plus rl-outcome" "sft rl-process" "sft-plus rl-process"; do
+  python -m s2r.view.report "$F/${pair% *}.json" "$F/${pair#* }.json" | tail -1
+done

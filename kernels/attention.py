@@ -59,7 +59,7 @@ def attention_torch(
             out.append(F.scaled_dot_product_attention(q[s][None], k[s][None], v[s][None], is_causal=True)[0])
         else:
             keys, values = (torch.cat((x[p], x[s]), dim=1)[None] for x in (k, v))
-            seen = torch.ones(lengths[s], lengths[p] + lengths[s], dtype=torch.bool).tril(lengths[p])
+            seen = keys.new_ones(lengths[s], lengths[p] + lengths[s], dtype=torch.bool).tril(lengths[p])
             out.append(F.scaled_dot_product_attention(q[s][None], keys, values, attn_mask=seen)[0])
     return torch.cat(out, dim=1).transpose(0, 1)  # (T, H, E)
 
@@ -89,7 +89,7 @@ def _find_block(cu_seqlens, sequences, number, BLOCK: tl.constexpr):
 
 @jit
 def _find_prefix(prefix, cu_seqlens, sequence, start):
-    """How many tokens before `start` the prefix of a sequence starts, and the place of its last token; −1: no prefix."""
+    """Distance from the start of a sequence's prefix to `start`, and the index of the prefix's last token; −1: no prefix."""
     p = tl.load(prefix + sequence)
     low, high = tl.load(cu_seqlens + p).to(tl.int64), tl.load(cu_seqlens + p + 1)
     return start - low, tl.where(p == sequence, -1, (high - low).to(tl.int32) - 1)
@@ -159,7 +159,7 @@ def _forward_kernel(
             acc, m, total, q_tile, k, v, stride_kt, stride_vt, first, tl.minimum(first + BLOCK_Q, length), length,
             rows, columns, scale_2, E, BLOCK_E, BLOCK_K, True,
         )  # fmt: skip
-        if SHARED:  # the keys of the prefix: all of these queries see all of them
+        if SHARED:  # the keys of the prefix, which all these queries see, as if each stood at the last of them
             back, last = _find_prefix(prefix, cu_seqlens, sequence, start)
             acc, m, total = _attend(
                 acc, m, total, q_tile, k - back * stride_kt, v - back * stride_vt, stride_kt, stride_vt, 0, last + 1,

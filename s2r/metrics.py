@@ -25,8 +25,8 @@ so that  accuracy = first_accuracy·(1 − cir) + (1 − first_accuracy)·icr.  
 
 `summarize` computes these and: `responses`, their number; `finished`, the fraction that ended in a stop token;
 `tokens`, sampled per response; `no_answer`, the fraction whose last solve has no \\boxed answer; `no_verdict`, the
-fraction of verifies without a readable verdict; `repeats`, the fraction of solves after the first that give an answer
-again which the response gave before; `by_level`, accuracy and trials per difficulty; `va_by_trial`, `va` of all first
+fraction of verifies without a readable verdict; `repeats`, of all solves after the first the fraction whose answer the
+response already gave; `by_level`, accuracy and trials per difficulty; `va_by_trial`, `va` of all first
 verifies, of all second ones, and so on. `at_k` computes the `standard_error` of accuracy over problems; for one response
 per problem, `right`, a "1" or "0" each; for n > 1 and k = 1, 2, 4, … and n, `pass_at_k` (is one of k responses right?
 estimated from all n, arXiv 2107.03374) and `maj_at_k` (is the most frequent answer of the first k right?).

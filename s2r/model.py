@@ -142,7 +142,7 @@ class Transformer(nn.Module):
         return self._run(ids, position, lambda layer, q, k, v: attention(q, k, v, cu_seqlens, prefix))
 
     def prefill(self, ids: torch.Tensor, cu_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of every layer, each (L, T, G, E), for a cache; arguments as in `forward`."""
+        """Keys and values of every layer, each (L, T, G, E), for a cache; ids and cu_seqlens as in `forward`."""
         c = self.config
         shape = (c.num_layers, len(ids), c.num_kv_heads, c.head_dim)
         keys, values = (torch.empty(shape, dtype=self.dtype, device=ids.device) for _ in "kv")
@@ -280,12 +280,14 @@ class Frozen:
         self.model = model
 
     @torch.no_grad()
-    def __call__(self, *batch: torch.Tensor | None) -> torch.Tensor:
+    def __call__(
+        self, ids: torch.Tensor, cu_seqlens: torch.Tensor, prefix: torch.Tensor | None = None
+    ) -> torch.Tensor:
         adapters = self.model.adapters()
         try:
             for lora in adapters:
                 lora.on = False
-            return self.model(*batch)
+            return self.model(ids, cu_seqlens, prefix)
         finally:
             for lora in adapters:
                 lora.on = True

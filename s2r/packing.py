@@ -2,11 +2,14 @@
 
     ids      [ p p p r r r | p p r r r r ]     p prompt, r response         (T,)
     scored   [       3 4 5       8 9 … ]       where the tokens with a loss stand in `ids`  (Q,)
-    before   [       2 3 4       7 8 … ]       from where each of them is predicted         (Q,)
+    before   [       2 3 4       7 8 … ]       the token before each, which predicts it     (Q,)
 
-Rollouts of one problem that lie next to each other share the tokens of their prompt, p p p r r r | r r r r, and both
-first tokens of a response are predicted from the last p. With a prompt as long as a response and four rollouts that
-is 5/8 of the work.
+Rollouts of one problem that lie next to each other share one copy of its prompt. With four rollouts, and a prompt as long as
+a response, that is 5/8 of the tokens. The first token of each response is predicted from the last p:
+
+    ids      [ p p p | r r | r r r ]           three sequences: the prompt, and two that continue it
+    prefix       0      0      0               sequence → the one that it continues, or itself   (S,)
+    before   [         2 3   2 5 6 ]
 
 A micro-batch is as many sequences as fit into a budget of tokens. The budget changes memory, never the gradient:
 every loss of this code base divides by counts of the whole batch.
@@ -32,7 +35,7 @@ class Pack:
     rows: list[int]  # which sequences of the batch these are
     ids: torch.Tensor  # (T,) int64
     cu_seqlens: torch.Tensor  # (S+1,) int64
-    scored: torch.Tensor  # (Q,) int64, rising positions in `ids`, never the first of a sequence
+    scored: torch.Tensor  # (Q,) int64, rising positions in `ids`
     before: torch.Tensor  # (Q,) int64, position of the token before each of them in its sequence
     prefix: torch.Tensor | None = None  # (S,) int64, see `kernels.attention.attention`; a shared prompt is one of the S
 
@@ -49,7 +52,7 @@ def pack(
     """Micro-batches, in order, of at most `budget` tokens each; a longer sequence gets one of its own.
 
     `scored[i]` lists the rising positions in `sequences[i]` that a loss is taken on; all ≥ 1. `prompts[i]` is the number
-    of its first tokens that neighbours share if they are equal; scored are only later ones.
+    of its first tokens that neighbours share if they are equal; only tokens after them may be scored.
     """
     shared = [ids[:n] for ids, n in zip(sequences, prompts or [0] * len(sequences))]
     groups, room = [], 0
@@ -68,16 +71,16 @@ def pack(
 def _lay_out(rows: list[int], sequences, scored, shared: list[list[int]], device: str | torch.device) -> Pack:
     """The sequences of these rows as one micro-batch; a prompt that only one of them has stays a part of it."""
     ids, borders, prefix, positions, before = [], [0], [], [], []
-    for prompt, members in groupby(rows, key=shared.__getitem__):
+    for common, members in groupby(rows, key=shared.__getitem__):
         members = list(members)
-        n = len(prompt) if len(members) > 1 else 0
-        common, root = range(len(ids), len(ids) + n), len(prefix)
+        n = len(common) if len(members) > 1 else 0
+        first, root = range(len(ids), len(ids) + n), len(prefix)
         if n:
-            ids += prompt
+            ids += common
             borders.append(len(ids))
             prefix.append(root)
         for row in members:
-            at = [*common, *range(len(ids), len(ids) + len(sequences[row]) - n)]  # of each of the sequence's tokens
+            at = [*first, *range(len(ids), len(ids) + len(sequences[row]) - n)]  # of each of the sequence's tokens
             positions += [at[t] for t in scored[row]]
             before += [at[t - 1] for t in scored[row]]
             ids += sequences[row][n:]
@@ -104,10 +107,10 @@ def sft_sequences(
     """Token ids of each example with at most `longest`, prompt included, and the positions in it that have a loss."""
     sequences, scored = [], []
     for example in examples:
-        prefix = prompt(example.problem, tokenizer)
+        prompt_ids = prompt(example.problem, tokenizer)
         ids, actions = encode(example.trajectory, tokenizer)
-        if len(prefix) + len(ids) <= longest:
+        if len(prompt_ids) + len(ids) <= longest:
             targets = range(len(ids)) if unmasked else sft_targets(ids, actions, tokenizer)
-            sequences.append(prefix + ids)
-            scored.append([len(prefix) + t for t in targets])
+            sequences.append(prompt_ids + ids)
+            scored.append([len(prompt_ids) + t for t in targets])
     return sequences, scored

@@ -3,7 +3,7 @@
     python tests/benchmark.py --model DIR --data gsm8k_test.jsonl            about 30 minutes on two cores
 
 Each row gives the median over rounds in which the two take turns, and the median of their ratio; a ratio above 1 is
-in our favour. The machine should be idle otherwise. Sampling is at temperature 0.7 from the whole distribution.
+in our favour. The RL step's ratio is that of the medians. The machine should be idle otherwise. Sampling is at temperature 0.7 from the whole distribution.
 The part "rl" needs `pip install trl`.
 """
 

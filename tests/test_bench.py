@@ -131,7 +131,7 @@ def test_kernels_compile_within_the_limits_of_the_chips():
     for row in rows:
         assert row["registers"] <= 255 and row["shared"] <= SHARED_KB[row["sm"]] * 1024, row
         whole = "forward" in row["kernel"] and "shared prompts" not in row["kernel"]
-        assert row["local"] == 0 if whole else row["local"] < 512, row
+        assert row["local"] <= (0 if whole else 64 if "forward" in row["kernel"] else 511), row
         multiplies = row["kernel"].startswith(("attention", "decode", "log")) and "merge" not in row["kernel"]
         assert bool(row["matmul"]) == multiplies, row
         if multiplies and row["sm"] == 90 and ("forward" in row["kernel"] or "dq" in row["kernel"]) and "decode" not in row["kernel"]:

@@ -41,7 +41,7 @@ def test_page_judges_a_difference_by_its_interval(differences, shown):
     seeds = [{name: BASE | {"accuracy": 0.5} for name in NAMES} for _ in differences]
     for reports, difference in zip(seeds, differences):
         reports["sft"] = BASE | {"accuracy": 0.5 + difference / 100}
-    assert f"| SFT beats the base: accuracy | 51.0 → 81.6 | {shown} 0 up, 0 down |\n" in findings.page(seeds, "abc")
+    assert f"| SFT beats the base: accuracy | 51.0 → 81.6 | {shown} 0 up, 0 down |\n" in findings.page(seeds)
 
 
 def test_page_counts_seeds_that_are_significant_by_themselves():
@@ -49,15 +49,15 @@ def test_page_counts_seeds_that_are_significant_by_themselves():
     seeds[0]["sft"] = BASE | {"right": "1" * 10 + "0" * 10}  # p = 0.002
     seeds[1]["sft"] = BASE | {"right": "1" * 5 + "0" * 15}  # p = 0.06
     seeds[2]["base"] = BASE | {"right": "1" * 20}
-    assert "| 51.0 → 81.6 | +0.00 ± 0.00 | undecided | 1 up, 1 down |" in findings.page(seeds, "abc")
+    assert "| 51.0 → 81.6 | +0.00 ± 0.00 | undecided | 1 up, 1 down |" in findings.page(seeds)
 
 
 def test_page_finds_every_report_among_the_stages():
     made = {makes.removesuffix(".json") for makes, _, _ in (*PLAN, *findings.ABLATIONS)}
     assert set(findings.REPORTS) <= made and set(NAMES) == {*findings.REPORTS, *findings.VOTES}
     seeds = [{name: BASE | {"accuracy": x, "va": x if name != "base" else None} for name in NAMES} for x in (0.4, 0.6)]
-    text = findings.page(seeds, "abc")
-    assert "over 2 seeds" in text and "--seeds 2`, commit abc." in text
+    text = findings.page(seeds)
+    assert "over 2 seeds" in text and "--seeds 2`, commit 0123456." in text
     assert "\n| base | 50.0 ± 127.1 | 50.0 ± 0.0 | 1.50 ± 0.00 | – | 90.0" in text
     tables = [line for line in text.splitlines() if line.startswith("| ")]
     rows = sum(len(models) for _, models, _ in findings.TABLES)
@@ -67,7 +67,7 @@ def test_page_finds_every_report_among_the_stages():
 def test_page_leaves_out_what_a_seed_has_not_made():
     seeds = [{name: BASE for name in NAMES} for _ in range(2)]
     del seeds[1]["sft-solving"]
-    text = findings.page(seeds, "abc")
+    text = findings.page(seeds)
     assert "| sft-solving |" not in text and "problem-solving" not in text and "| sft-unmasked | 50.0 ± 0.0" in text
 
 
@@ -119,13 +119,14 @@ def test_main_writes_reports_and_page_and_runs_no_seed_twice(tmp_path, monkeypat
             made.append(path := tmp_path / stage.makes)
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.suffix == ".json":
-                path.write_text(json.dumps(BASE | {"right": "1", "accuracy": 0.5 + 0.01 * int(stage.makes.split("seed-")[1][0])}))
+                level = {"5": {"trials": 4.0}} if ".longer" in path.name else BASE["by_level"]
+                path.write_text(json.dumps(BASE | {"by_level": level, "right": "1", "accuracy": 0.5 + 0.01 * int(stage.makes.split("seed-")[1][0])}))
                 write_jsonl(path.with_suffix(".test.jsonl"), [row("p", "-i+c")])
             elif path.name == "base.votes.jsonl":
                 write_jsonl(path, [row("p", "+", ids=[1, 2])] * 3)
             elif path.name == "trajectories.jsonl":
                 write_jsonl(path, ({"row": i} for i in range(600)))
-            elif path.name == "rl-outcome":
+            elif not path.suffix:  # a run folder
                 path.mkdir()
                 (path / "run.json").write_text('{"commit": "0123456789abcdef"}')
 
@@ -135,6 +136,7 @@ def test_main_writes_reports_and_page_and_runs_no_seed_twice(tmp_path, monkeypat
     text = Path("out/findings.md").read_text()
     assert "| base | 50.5 ± 6.4 |" in text and "commit 0123456." in text
     assert json.loads(Path("out/findings/seed-1/sft.json").read_text())["after"]["1"] == 0
+    assert set(json.loads(Path("out/findings/seed-1/sft.json").read_text())["by_level"]) == {"1", "2", "4", "5"}
     assert read_jsonl("runs/findings/seed-0/trajectories-200.jsonl") == [{"row": i} for i in range(200)]
 
     made.clear()
@@ -149,4 +151,4 @@ def test_published_page_is_what_the_kept_reports_give():
     folders = sorted((docs / "findings").glob("seed-*"))
     seeds = [{path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")} for folder in folders]
     published = (docs / "findings.md").read_text(encoding="utf-8")
-    assert findings.page(seeds, seeds[0]["sft"]["commit"][:7]) == published
+    assert findings.page(seeds) == published

@@ -84,7 +84,7 @@ def test_the_problem_says_a_number_in_digits_or_words_or_it_should_be():
 
 
 @pytest.mark.parametrize("text, expected", [
-    ("", []), ("1,250 and 3.5", [1250, Fraction(7, 2)]), ("Forty-three and forty; Three?", [43, 40, 3]), ("someone often", []),
+    ("", []), ("1,250 and 3.5", [1250, Fraction(7, 2)]), ("2,3 and 1,2500", [2, 3, 1, 2500]), ("Forty-three and forty; Three?", [43, 40, 3]), ("someone often", []),
     ("a one-way ticket, ninety-nine", [99]), ("zero twelve nineteen", [0, 12, 19]),
 ])  # fmt: skip
 def test_numbers_of_a_problem(text, expected):
@@ -112,11 +112,19 @@ QUESTION = "Fifty-three apples, 2 are bad. How many for each of 3?"  # (53 - 2) 
     ("17", "17 × 4 = 68, but the problem says 53. Therefore, the answer is incorrect.", "a number that the problem does not say"),
     ("17", "17 × 3 = 51, but the problem says 54. Therefore, the answer is incorrect.", "a number that the problem does not say"),
     ("17", "17 is less than 3, so it cannot be. Therefore, the answer is incorrect.", "a wrong comparison"),
-    ("17", "17 × 3 = 51. Therefore, the answer is correct.", "no comparison"),
+    ("17", "17 × 3 = 51. Therefore, the answer is correct.", "nothing that follows from the answer is compared"),
+    ("15", "If the answer is 15, then 53 − 2 = 51, but the problem says 3. Therefore, the answer is incorrect.",
+     "nothing that follows from the answer is compared"),
+    ("15", "If the answer is 15, then 2 is less than 3, so it cannot be. Therefore, the answer is incorrect.",
+     "nothing that follows from the answer is compared"),
+    ("15", "If the answer is 15, then 2 − 3 does not come out even. Therefore, the answer is incorrect.", "a wrong calculation"),
+    ("15", "15 x 3 = 99; 15 × 3 = 45, but the problem says 53. Therefore, the answer is incorrect.", "an unreadable calculation"),
+    ("15", "If the answer is 15, then 2 − 3 = −7; 15 × 3 = 45, but the problem says 53. Therefore, the answer is incorrect.", "an unreadable calculation"),
+    ("6", "If the answer is 6, then 2 + 3 = 5; 6 + 5 = 11, but the problem says 53. Therefore, the answer is incorrect.", ""),
     ("17", "Going backwards from 17: 17 × 3 = 51; 51 + 2 = 53, and the problem says 53. Therefore, the answer is incorrect.",
      "a verdict that does not follow"),
     ("1", "1 is less than 2, so it cannot be. Therefore, the answer is correct.", "a verdict that does not follow"),
-    ("17", "17, and the problem says 53. Therefore, the answer is incorrect.", "no calculation"),
+    ("17", "17, and the problem says 53. Therefore, the answer is incorrect.", "nothing that follows from the answer is compared"),
 ])  # fmt: skip
 def test_fault_names_the_first_thing_wrong_with_a_check(answer, check, fault):
     assert formula.fault(QUESTION, answer, check) == fault

@@ -35,9 +35,9 @@ def test_reports_are_compared_in_one_table(tmp_path, capsys):
 
 
 def test_reports_on_the_same_problems_are_paired(tmp_path, capsys):
-    sets = {"a": dict(p="+", q="-", r="-"), "b": dict(p="-", q="+", r="+"), "c": dict(p="+", q="+", r="+")}
+    sets = {"a": dict(p="+", q="-", r="-"), "b": dict(p="-", q="+", r="+"), "c": dict(p="+", q="+", r="+"), "d": dict(p="+")}
     for name, codes in sets.items():
-        data = {"data": "other.jsonl" if name == "c" else "F.jsonl"}
+        data = {"data": "other.jsonl" if name in "cd" else "F.jsonl"}
         (tmp_path / f"{name}.json").write_text(json.dumps(summarize(rows := samples(**codes)) | at_k(rows) | data))
     main(Config(tuple(str(tmp_path / f"{name}.json") for name in sets)))
     paired = [line for line in capsys.readouterr().out.splitlines() if "gained" in line]

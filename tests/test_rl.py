@@ -4,6 +4,7 @@ import math
 import random
 import re
 from fractions import Fraction
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -362,6 +363,32 @@ def test_gradient_does_not_depend_on_the_token_budget(name, folder, tmp_path, mo
     for other in found[:2]:
         assert not torch.equal(other, found[2])  # the budget did split the batch
         assert (other - found[2]).norm() <= 1e-6 * found[2].norm()
+
+
+@pytest.mark.parametrize("level", ["outcome", "process"])
+def test_a_step_of_two_updates_is_measured_against_the_policy_that_sampled(level, folder, tmp_path, monkeypatch):
+    """Ratios are 1 in the first update and not in the second; each update has whole problems, so prompts are shared."""
+    ratios, packs, rewards = [], [], cycle([1.0, -1.0, -1.0, 1.0])  # the rollouts of a random model have one reward
+
+    def watched(*args, policy_loss=rl.policy_loss, **kwargs):
+        loss, ratio = policy_loss(*args, **kwargs)
+        ratios.append(ratio)
+        return loss, ratio
+
+    def score(part, *args, score=train_rl.score):
+        packs.append([t.problem.unique_id for t, _ in part])
+        return score(part, *args)
+
+    monkeypatch.setattr(rl, "policy_loss", watched)
+    monkeypatch.setattr(train_rl, "score", score)
+    monkeypatch.setattr(rl, "outcome_reward", lambda actions: next(rewards))
+    monkeypatch.setattr(rl, "process_rewards", lambda actions, finished: [next(rewards) for _ in actions])
+    problems = str(problem_file(tmp_path / "problems.jsonl"))
+    train_rl.main(train_rl.Config(model=str(folder), data=problems, out=str(tmp_path / "out"), level=level, problems=5,
+                                  rollouts=3, updates=2, steps=1, lr=1e-2, warmup=0, max_new_tokens=20, show_every=0))
+    assert (ratios[0] == 1).all() and (ratios[1] - 1).abs().max() > 1e-3 and len(ratios) == 2
+    assert [len(names) for names in packs] == [9, 6] and all(names == sorted(names, key=names.index) for names in packs)
+    assert [len(set(names)) for names in packs] == [3, 2]
 
 
 # --- the README's example ---

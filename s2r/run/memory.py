@@ -93,7 +93,8 @@ def report(cfg, model, ranks, *, sequences: Sequence[list[int]] = (), prompts: S
     if prompts:
         slots = min(cfg.slots, math.ceil((batch if rl else len(prompts)) / ranks.size))
         longest = max(longest, min(max(map(len, prompts)) + cfg.max_new_tokens, c.max_positions))
-    rows = math.ceil(batch / (cfg.updates if rl else 1) / ranks.size)  # sequences of an optimizer step, on this rank
+    largest = math.ceil(cfg.problems / cfg.updates) * cfg.rollouts if rl else batch  # sequences of an optimizer step
+    rows = math.ceil(largest / ranks.size)
     reference = cfg.kl > 0 if not rl else cfg.beta > 0 or bool(cfg.offline)  # offline it is π_old as well
     return text(estimate(
         c, ranks=ranks.spread, itemsize=model.dtype.itemsize, gpu=ranks.device.type == "cuda",

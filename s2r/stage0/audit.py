@@ -4,7 +4,7 @@
     python -m s2r.toy.audit ROLLOUTS.jsonl …               checks of the toy world
 
 A verify is rewarded for its verdict, so it can be right by luck. Checks that follow a rule can be read: every calculation
-and comparison in them has to be true, they have to be about the answer just given, and the verdict has to follow. The
+in them has to be true, what is compared has to follow from the answer just given, and the verdict has to follow. The
 commands add `"sound": bool` to every verify action of the files, and print the fraction of true verdicts that are sound, for
 first checks, second ones, and so on, and the first fault of the others.
 """

@@ -85,10 +85,10 @@ def number(x: Fraction) -> str | None:
 
 
 def numbers(text: str) -> set[Fraction]:
-    """The numbers that a problem says, in digits or in words up to ninety-nine."""
+    """The numbers that a problem says, in digits or in words up to ninety-nine ("two hundred" says 2)."""
     words = [word.split("-") for word in re.findall(r"[a-z]+(?:-[a-z]+)?", text.lower())]
     said = {Fraction(sum(map(WORDS.get, word))) for word in words if WORDS.keys() >= set(word)}
-    return said | {Fraction(x) for x in re.findall(NUMBER, text.replace(",", ""))}
+    return said | {Fraction(x) for x in re.findall(NUMBER, re.sub(r"(?<=\d),(?=\d{3}\b)", "", text))}
 
 
 def forwards(tree: Tree) -> list[str]:
@@ -146,34 +146,41 @@ def verify(problem: Problem, answer: str) -> str | None:
 
 
 def fault(problem: str, answer: str | None, check: str) -> str:
-    """The first fault of a check like those of `verify`; "" if it is sound. It may undo other steps than the formula's."""
+    """The first fault of a check like those of `verify`; "" if it is sound. It may undo other steps than the formula's.
+
+    "It should be 53" is taken on trust, because only the formula tells.
+    """
     said = re.search(NUMBER, check)
     if not said or answer is None or not equivalent(said[0], answer):
         return "not about the answer"
-    known = numbers(problem) | {Fraction(said[0])}
-    result = ends = None
-    for a, sign, b, c in re.findall(rf"({NUMBER}) ([+−×÷]) ({NUMBER})(?: = ({NUMBER})| does not come out even)", check):
+    derived = {Fraction(said[0])}  # the answer, and what was computed from it
+    known, result, impossible = numbers(problem) | derived, None, False
+    steps = re.findall(rf"({NUMBER}) ([+−×÷]) ({NUMBER})(?: = ({NUMBER})| does not come out even)", check)
+    if check.count("=") != sum(bool(step[3]) for step in steps):
+        return "an unreadable calculation"
+    for a, sign, b, c in steps:
         a, b = Fraction(a), Fraction(b)
         if not {a, b} <= known:
             return "a number that the problem does not say"
         result = None if sign == "÷" and not b else apply(a, sign, b)
-        ends = ends or not c
-        if result is None or (result != Fraction(c) if c else number(result) is not None):
+        impossible = impossible or not c
+        if result is None or (result != Fraction(c) if c else sign != "÷" or number(result) is not None):
             return "a wrong calculation"
         known.add(result)
+        if {a, b} & derived:
+            derived.add(result)
     if less := re.search(rf"({NUMBER}) is less than ({NUMBER})", check):
-        ends, (a, b) = True, map(Fraction, less.groups())
-        if not {a, b} <= known or a >= b:
+        result, b = map(Fraction, less.groups())
+        if not {result, b} <= known or result >= b:
             return "a wrong comparison"
+    impossible = impossible or bool(less)
     told = re.search(rf"the problem says ({NUMBER})", check)
     if told and Fraction(told[1]) not in numbers(problem):
         return "a number that the problem does not say"
     told = told or re.search(rf"it should be ({NUMBER})", check)
-    if not ends and not told:
-        return "no comparison"
-    if not ends and result is None:
-        return "no calculation"
-    verdict = "incorrect" if ends or result != Fraction(told[1]) else "correct"
+    if result is None or result not in derived or not (impossible or told):
+        return "nothing that follows from the answer is compared"
+    verdict = "incorrect" if impossible or result != Fraction(told[1]) else "correct"
     return "" if parse_verdict(check) == verdict else "a verdict that does not follow"
 
 

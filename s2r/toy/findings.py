@@ -32,7 +32,7 @@ One base model serves all seeds, so the intervals leave its variation out.
 
 The paper's numbers are those of Qwen2.5-Math-7B on MATH500. Fractions are in per cent. `s2r/metrics.py` explains the
 columns; `sound` is the fraction of true verdicts whose check is right for the right reason (`s2r/toy/audit.py`).
-Made by `python -m s2r.toy.findings --seeds {seeds}`, commit {commit}. [What was tried before](findings/settled.md).
+Made by `python -m s2r.toy.findings --seeds {seeds}`, commit {commits}. [What was tried before](findings/settled.md).
 """
 ALL = """All models made so far. `sft-plus` is the control of RL: SFT for at least as many updates as SFT and RL. `rl-solve-only` is
 outcome RL of the base, whose answers have no checks. `base-majority` and `base-checked` sample as many answers of
@@ -170,7 +170,7 @@ def grid(lines: list[list[str]]) -> str:
     return "\n".join([rows[0], "|---" * len(lines[0]) + "|", *rows[1:]])
 
 
-def page(seeds: list[dict[str, dict]], commit: str) -> str:
+def page(seeds: list[dict[str, dict]]) -> str:
     """PAGE and its tables, of the models that every seed has; `seeds` holds for each: name of a model -> its report."""
     made = set.intersection(*map(set, seeds))
     findings = [["finding", "paper", "toy: difference", "", "seeds significant"]]
@@ -181,7 +181,8 @@ def page(seeds: list[dict[str, dict]], commit: str) -> str:
         tests = [mcnemar(r[more]["right"], r[less]["right"]) for r in seeds] if name == "accuracy" else []
         up, down = (sum(p < 0.05 and sign * (gained - lost) > 0 for gained, lost, p in tests) for sign in (1, -1))
         findings.append([claim, paper, f"{middle:+.2f} ± {half:.2f}", holds, f"{up} up, {down} down" if tests else ""])
-    parts = [PAGE.format(seeds=len(seeds), commit=commit) + "\n" + grid(findings)]
+    commits = " and ".join(sorted({report["commit"][:7] for r in seeds for report in r.values()}))
+    parts = [PAGE.format(seeds=len(seeds), commits=commits) + "\n" + grid(findings)]
     for text, models, names in TABLES:
         lines = [["", *names.split()]]
         for model in filter(made.__contains__, models):
@@ -213,12 +214,13 @@ def main(cfg: Config) -> None:
         write_jsonl(f"{folder}/longer.jsonl", problems("longer", 250, seed, gaps=(6,)))
     for seed, folder in folders.items():
         make(stages(ABLATIONS, folder, seed))
-        commit = json.loads(Path(folder, "rl-outcome/run.json").read_text())["commit"]
         kept[seed].mkdir(parents=True, exist_ok=True)
         for name, report in reports(folder).items():
-            (kept[seed] / f"{name}.json").write_text(json.dumps(report | {"commit": commit}, indent=1) + "\n")
+            run = Path(folder, name if name in REPORTS[1:] else "sft", "run.json")  # the base has none
+            report["commit"] = json.loads(run.read_text())["commit"]
+            (kept[seed] / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
     seeds = [{path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")} for folder in kept]
-    text = page(seeds, seeds[0]["sft"]["commit"][:7])
+    text = page(seeds)
     print(f"\n{text}")
     Path(cfg.out).write_text(text, encoding="utf-8")
 

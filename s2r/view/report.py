@@ -6,8 +6,8 @@
     base            100.0           100.0    1.00      –         –      –      –     –  0.0     100.0      12
     after SFT        50.0             0.0    1.50  100.0     100.0  100.0  100.0  50.0    –     100.0       0
 
-s2r/metrics.py defines the columns. Each model is compared with the one before it, problem by problem, if both answered
-the problems of one file once:
+s2r/metrics.py defines the columns. Each model is compared with the one before it, problem by problem, if both reports are
+on the same file with one response per problem:
 
     after SFT against base: 12 problems gained, 3 lost, p = 0.035 (McNemar's test)
 
@@ -46,7 +46,8 @@ def main(cfg: Config) -> None:
         rows[path.removesuffix(".json")] = report
     print(table(rows))
     for (name, before), (other, after) in pairwise(rows.items()):
-        if "right" in before and "right" in after and before["data"] == after["data"]:
+        same = before.get("data") == after.get("data") and before["responses"] == after["responses"]
+        if same and "right" in before and "right" in after:
             gained, lost, p = mcnemar(after["right"], before["right"])
             print(f"{other} against {name}: {gained} problems gained, {lost} lost, p = {p:.2g} (McNemar's test)")
 
