@@ -34,7 +34,7 @@ The paper's numbers are those of Qwen2.5-Math-7B on MATH500. Fractions are in pe
 columns; `sound` is the fraction of true verdicts whose check is right for the right reason (`s2r/toy/audit.py`).
 Made by `python -m s2r.toy.findings --seeds {seeds}`, commit {commits}. [What was tried before](findings/settled.md).
 """
-ALL = """All models made so far. `sft-plus` is the control of RL: SFT for at least as many updates as SFT and RL. `rl-solve-only` is
+ALL = """All models. `sft-plus` is the control of RL: SFT for at least as many updates as SFT and RL. `rl-solve-only` is
 outcome RL of the base, whose answers have no checks. `base-majority` and `base-checked` sample as many answers of
 the base model as have the tokens of a mean response after outcome RL. The first takes the most frequent answer. The second
 is right if one of them is, as if a perfect checker chose."""
