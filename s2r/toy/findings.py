@@ -34,10 +34,10 @@ The paper's numbers are those of Qwen2.5-Math-7B on MATH500. Fractions are in pe
 columns; `sound` is the fraction of true verdicts whose check is right for the right reason (`s2r/toy/audit.py`).
 Made by `python -m s2r.toy.findings --seeds {seeds}`, commit {commits}. [What was tried before](findings/settled.md).
 """
-ALL = """All models. `sft-plus` is the control of RL: SFT for at least as many updates as SFT and RL. `rl-solve-only` is
-outcome RL of the base, whose answers have no checks. `base-majority` and `base-checked` sample as many answers of
-the base model as have the tokens of a mean response after outcome RL. The first takes the most frequent answer. The second
-is right if one of them is, as if a perfect checker chose."""
+ALL = """All models. `sft-plus` is the control of RL: SFT for at least as many updates as SFT and RL. `sft-more` is SFT for as many
+updates on trajectories from twice the problems. `rl-solve-only` is outcome RL of the base, whose answers have no checks.
+`base-majority` and `base-checked` sample as many answers of the base model as have the tokens of a mean response after outcome
+RL. The first takes the most frequent answer. The second is right if one of them is, as if a perfect checker chose."""
 LENGTH = f"Accuracy if only the first k trials count. {LONGEST} tokens, the limit, admit 7 trials with five gaps."
 LEVEL = """Accuracy and trials by level, which is the number of gaps less 1, and on 250 problems with six gaps, one more than any
 problem that a model has learnt from."""
@@ -50,6 +50,7 @@ FINDINGS = (
     ("process RL beats SFT: accuracy", "81.6 → 83.4", "accuracy", "rl-process", "sft"),
     ("control: outcome RL beats SFT+: accuracy", "–", "accuracy", "rl-outcome", "sft-plus"),
     ("control: process RL beats SFT+: accuracy", "–", "accuracy", "rl-process", "sft-plus"),
+    ("control: outcome RL beats SFT on twice the trajectories: accuracy", "–", "accuracy", "rl-outcome", "sft-more"),
     ("control: outcome RL beats RL without checks: accuracy", "–", "accuracy", "rl-outcome", "rl-solve-only"),
     ("control: outcome RL beats a majority vote of the base, equal tokens", "–", "accuracy", "rl-outcome",
      "base-majority"),
@@ -79,6 +80,7 @@ TRAINED = (
     *[(f"offline-{level}", "sft.rollouts.jsonl", f"{RL} --offline F/sft.rollouts.jsonl --level {level}")
       for level in ("outcome", "process")],
     ("sft-200", "", f"{SFT} --data F/trajectories-200.jsonl --epochs 46"),  # about as many updates as SFT
+    ("sft-more", "more.trajectories.jsonl", f"{SFT} --data F/more.trajectories.jsonl --epochs 3"),  # as SFT+
 )  # fmt: skip
 ABLATIONS: Plan = (
     ("verifications-solving.jsonl", "", """-m s2r.toy.world --style solving --rollouts F/base.rollouts.jsonl
@@ -87,6 +89,12 @@ ABLATIONS: Plan = (
         f"{BUILD} --verifications F/verifications-solving.jsonl --out F/trajectories-solving.jsonl"),
     ("sft.rollouts.jsonl", "", f"""sample.py --device cpu --model F/sft --data F/train.jsonl --out F/sft.rollouts.jsonl
         --limit 1000 --n 8 --temperature 0.7 --max-new-tokens {LONGEST} --show 0"""),
+    ("more.rollouts.jsonl", "", f"""sample.py --device cpu --model {BASE} --data F/more.jsonl
+        --out F/more.rollouts.jsonl --n 5 --temperature 0.7 --max-new-tokens 32 --show 0"""),
+    ("more.verifications.jsonl", "more.rollouts.jsonl",
+        "-m s2r.toy.world --rollouts F/more.rollouts.jsonl --out F/more.verifications.jsonl"),
+    ("more.trajectories.jsonl", "more.verifications.jsonl", """-m s2r.stage0.build --rollouts F/more.rollouts.jsonl
+        --verifications F/more.verifications.jsonl --out F/more.trajectories.jsonl"""),
     ("base.votes.jsonl", "", f"""sample.py --device cpu --model {BASE} --data F/test.jsonl --out F/base.votes.jsonl
         --n 32 --temperature 0.7 --max-new-tokens 32 --show 0"""),
     *[(name, needs, f"{command} --out F/{name}") for name, needs, command in TRAINED],
@@ -212,6 +220,7 @@ def main(cfg: Config) -> None:
     for seed, folder in folders.items():
         write_jsonl(f"{folder}/trajectories-200.jsonl", read_jsonl(f"{folder}/trajectories.jsonl")[:200])
         write_jsonl(f"{folder}/longer.jsonl", problems("longer", 250, seed, gaps=(6,)))
+        write_jsonl(f"{folder}/more.jsonl", problems("train", 8000, seed))  # the 4,000 of train.jsonl and 4,000 others
     for seed, folder in folders.items():
         make(stages(ABLATIONS, folder, seed))
         kept[seed].mkdir(parents=True, exist_ok=True)
