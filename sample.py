@@ -11,7 +11,6 @@ are kept in OUT.begun; rerun the same command to continue.
 import s2r  # isort: skip  # noqa: F401  before torch: it settles how torch's threads wait
 
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from s2r.grade import parsable
 from s2r.metrics import at_k, summarize
 from s2r.rollouts import encode_prompts
 from s2r.run import flags, loop
+from s2r.run.checkpoint import replacing
 from s2r.run.journal import Journal
 from s2r.view.page import page
 from s2r.view.report import table
@@ -82,9 +82,8 @@ def main(cfg: Config) -> None:
     print(table({cfg.model: metrics}))
     if cfg.report:
         report = {"model": cfg.model, "data": cfg.data} | settings | metrics
-        partial = Path(f"{cfg.report}.partial")  # renamed when whole: scripts take a report as the sign that all is done
-        partial.write_text(json.dumps(report, indent=2) + "\n")
-        os.replace(partial, cfg.report)
+        with replacing(Path(cfg.report)) as partial:  # whole or not there: scripts take a report for the end of the work
+            partial.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def check_settings(cfg: Config) -> None:

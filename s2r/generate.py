@@ -112,7 +112,7 @@ class _Rows:
         self.model, self.prompts, self.temperature = model, prompts, temperature
         self.prefill_tokens, self.room = prefill_tokens, max_new_tokens
         self.jobs: list[tuple[int, int]] = []
-        self.prefix: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # prompt → its k and v, (L, t, G, E)
+        self.prefilled: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # prompt → its k and v, (L, t, G, E)
         self.cache = Cache(model.config, slots, capacity, model.dtype, device)
         self.stop_ids = torch.tensor(sorted(stop_ids), device=device)
         self.token = torch.zeros(slots, dtype=torch.int64, device=device)  # the next input of each row
@@ -133,10 +133,10 @@ class _Rows:
         """Put jobs, which come in the order of their prompts, into free slots; `waiting` jobs come next."""
         cache = self.cache
         for at, (slot, (i, j), stream) in enumerate(zip(slots, jobs, streams)):
-            if i not in self.prefix:
-                self.prefix = k = v = None  # the memory of the prompts before
-                self.prefix = self._prefill(following for following, _ in chain(jobs[at:], waiting))
-            prompt, (k, v) = self.prompts[i], self.prefix[i]
+            if i not in self.prefilled:
+                self.prefilled = k = v = None  # the memory of the prompts before
+                self.prefilled = self._prefill(following for following, _ in chain(jobs[at:], waiting))
+            prompt, (k, v) = self.prompts[i], self.prefilled[i]
             t = len(prompt) - 1  # the prompt's last token is the row's first input
             cache.k[:, slot, :t], cache.v[:, slot, :t], cache.lengths[slot] = k, v, t
             self.token[slot] = prompt[-1]

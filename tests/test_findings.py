@@ -57,7 +57,7 @@ def test_page_finds_every_report_among_the_stages():
     assert set(findings.REPORTS) <= made and set(NAMES) == {*findings.REPORTS, *findings.VOTES}
     seeds = [{name: BASE | {"accuracy": x, "va": x if name != "base" else None} for name in NAMES} for x in (0.4, 0.6)]
     text = findings.page(seeds)
-    assert "over 2 seeds" in text and "--seeds 2`, commit 0123456." in text
+    assert "over 2 seeds" in text and "--seeds 2`, commits 0123456." in text
     assert "\n| base | 50.0 ± 127.1 | 50.0 ± 0.0 | 1.50 ± 0.00 | – | 90.0" in text
     tables = [line for line in text.splitlines() if line.startswith("| ")]
     rows = sum(len(models) for _, models, _ in findings.TABLES)
@@ -92,6 +92,9 @@ def test_extended_counts_the_first_trials_and_audits():
     report = findings.extended(BASE, [row("p", "-i-i+c"), row("q", "+c"), row("r", "+i-c")])
     assert report["after"] == {"1": pytest.approx(2 / 3), "2": pytest.approx(1 / 3), "4": pytest.approx(2 / 3),
                                "8": pytest.approx(2 / 3)}
+    assert report["unchecked"] == 0  # of two right first solves
+    bare = findings.extended(BASE, [row("p", "+"), row("q", "+c"), row("r", "-"), row("s", "")])
+    assert bare["unchecked"] == 1 / 2 and findings.extended(BASE, [row("p", "-")])["unchecked"] is None
     assert report["sound"] == 0 and report["sound_by_trial"] == {"1": 0, "2": 0, "3": 0}  # checks without sums
 
 
@@ -134,7 +137,7 @@ def test_main_writes_reports_and_page_and_runs_no_seed_twice(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     findings.main(findings.Config(seeds=2, out="out/findings.md"))
     text = Path("out/findings.md").read_text()
-    assert "| base | 50.5 ± 6.4 |" in text and "commit 0123456." in text
+    assert "| base | 50.5 ± 6.4 |" in text and "commits 0123456." in text
     assert json.loads(Path("out/findings/seed-1/sft.json").read_text())["after"]["1"] == 0
     assert set(json.loads(Path("out/findings/seed-1/sft.json").read_text())["by_level"]) == {"1", "2", "4", "5"}
     assert read_jsonl("runs/findings/seed-0/trajectories-200.jsonl") == [{"row": i} for i in range(200)]

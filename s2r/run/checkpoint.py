@@ -82,7 +82,7 @@ class Run:
         status, commit = subprocess.getstatusoutput(f"git -C {shlex.quote(str(ROOT))} rev-parse HEAD")
         now |= {"command": shlex.join(sys.argv), "commit": "unknown" if status else commit, "torch": torch.__version__}
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _replacing(file) as partial:
+        with replacing(file) as partial:
             partial.write_text(json.dumps(now, indent=2) + "\n")
 
     def log(self, row: dict) -> None:
@@ -234,7 +234,7 @@ class Run:
         for file in set(filter(Path.is_file, checkpoint.rglob("*"))) - {checkpoint / STATE}:
             place = self.folder / file.relative_to(checkpoint)  # LoRA's files lie in a folder of their own
             place.parent.mkdir(exist_ok=True)
-            with _replacing(place) as partial:
+            with replacing(place) as partial:
                 try:
                     os.link(file, partial)
                 except OSError:  # not every file system has hard links
@@ -252,7 +252,7 @@ def to_host(state: dict, kept: dict) -> None:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary name for a new version of a file, then puts it in place; a full disk leaves the old one."""
     partial = path.with_name(path.name + ".partial")
     try:

@@ -31,8 +31,9 @@ seeds whose gain or loss is significant by itself: McNemar's test on the same 1,
 One base model serves all seeds, so the intervals leave its variation out.
 
 The paper's numbers are those of Qwen2.5-Math-7B on MATH500. Fractions are in per cent. `s2r/metrics.py` explains the
-columns; `sound` is the fraction of true verdicts whose check is right for the right reason (`s2r/toy/audit.py`).
-Made by `python -m s2r.toy.findings --seeds {seeds}`, commit {commits}. [What was tried before](findings/settled.md).
+columns; `sound` is the fraction of true verdicts whose check is right for the right reason (`s2r/toy/audit.py`), and
+`unchecked` the fraction of right first answers that end the response.
+Made by `python -m s2r.toy.findings --seeds {seeds}`, commits {commits}. [What was tried before](findings/settled.md).
 """
 ALL = """All models. `sft-plus` is the control of RL: SFT for at least as many updates as SFT and RL. `sft-more` is SFT for as many
 updates on trajectories from twice the problems. `rl-solve-only` is outcome RL of the base, whose answers have no checks.
@@ -80,7 +81,7 @@ TRAINED = (
     *[(f"offline-{level}", "sft.rollouts.jsonl", f"{RL} --offline F/sft.rollouts.jsonl --level {level}")
       for level in ("outcome", "process")],
     ("sft-200", "", f"{SFT} --data F/trajectories-200.jsonl --epochs 46"),  # about as many updates as SFT
-    ("sft-more", "more.trajectories.jsonl", f"{SFT} --data F/more.trajectories.jsonl --epochs 3"),  # as SFT+
+    ("sft-more", "more.trajectories.jsonl", f"{SFT} --data F/more.trajectories.jsonl --epochs 3"),  # about as many as SFT+
 )  # fmt: skip
 ABLATIONS: Plan = (
     ("verifications-solving.jsonl", "", """-m s2r.toy.world --style solving --rollouts F/base.rollouts.jsonl
@@ -107,7 +108,7 @@ REPORTS = (*MODELS, *(name for name, _, _ in TRAINED))  # of sample.py
 CHECKING = tuple(name for name in REPORTS if not name.startswith(("base", "rl-solve")))
 VOTES = ("base-majority", "base-checked")
 TABLES = (  # what a table shows, its rows, its columns as `value` takes them
-    (ALL, (*REPORTS, *VOTES), "accuracy first_accuracy trials va va_right er cp icr cir sound finished tokens"),
+    (ALL, (*REPORTS, *VOTES), "accuracy first_accuracy trials va va_right er cp icr cir sound unchecked finished tokens"),
     (LENGTH, CHECKING, "after.1 after.2 after.4 after.8"),
     (LEVEL, MODELS, " ".join(f"by_level.{level}.{name}" for name in ("accuracy", "trials") for level in (1, 2, 3, 4, 5))),
     (AUDIT, CHECKING, " ".join(f"sound_by_trial.{number}" for number in (1, 2, 3, 4, 5))),
@@ -117,14 +118,16 @@ TABLES = (  # what a table shows, its rows, its columns as `value` takes them
 def extended(report: dict, rows: list[dict]) -> dict:
     """A report with more about its rollouts.
 
-    "after": accuracy if only the first k solves count, by k. "sound…": the audit.
+    "after": accuracy if only the first k solves count, by k. "unchecked": fraction of right first solves that end the
+    response. "sound…": the audit.
     """
     solves = [[action["reward"] > 0 for action in row["actions"] if action["kind"] == "solve"] for row in rows]
     after = {str(k): mean(bool(row) and row[min(k, len(row)) - 1] for row in solves) for k in (1, 2, 4, 8)}
+    unchecked = [len(row["actions"]) == 1 for row, right in zip(rows, solves) if right[:1] == [True]]
     faults = mark(rows, fault)
     total = sum(faults.values(), Counter())
     return report | {
-        "after": after,
+        "after": after, "unchecked": mean(unchecked) if unchecked else None,
         "sound": total[""] / total.total() if total else None,
         "sound_by_trial": {str(number): count[""] / count.total() for number, count in sorted(faults.items())},
     }  # fmt: skip
@@ -140,8 +143,8 @@ def voted(rows: list[dict], tokens: float) -> dict[str, dict]:
     first = [samples[:k] for samples in problems.values()]
     most = [Counter(row).most_common(1)[0][0][1] for row in first]  # a tie goes to the earlier answer
     found = zip(VOTES, (most, [any(right for _, right in row) for row in first]))
-    one = {"tokens": k * length, "k": k}
-    return {name: one | {"accuracy": mean(r), "right": "".join("01"[x] for x in r)} for name, r in found}
+    return {name: {"accuracy": mean(r), "right": "".join("01"[x] for x in r), "tokens": k * length, "k": k}
+            for name, r in found}  # fmt: skip
 
 
 def reports(folder: str) -> dict[str, dict]:
@@ -189,7 +192,7 @@ def page(seeds: list[dict[str, dict]]) -> str:
         tests = [mcnemar(r[more]["right"], r[less]["right"]) for r in seeds] if name == "accuracy" else []
         up, down = (sum(p < 0.05 and sign * (gained - lost) > 0 for gained, lost, p in tests) for sign in (1, -1))
         findings.append([claim, paper, f"{middle:+.2f} ± {half:.2f}", holds, f"{up} up, {down} down" if tests else ""])
-    commits = " and ".join(sorted({report["commit"][:7] for r in seeds for report in r.values()}))
+    commits = ", ".join(sorted({report["commit"][:7] for r in seeds for report in r.values()}))
     parts = [PAGE.format(seeds=len(seeds), commits=commits) + "\n" + grid(findings)]
     for text, models, names in TABLES:
         lines = [["", *names.split()]]
