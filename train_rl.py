@@ -111,7 +111,7 @@ def main(cfg: Config) -> None:
         clock.lap("score")
 
         # 4. Advantages and policy gradient: one optimizer step per update, its loss the sum over its micro-batches.
-        ratios, norms = [], []
+        outside, norms = [], []  # outside: which ratios left the clip range
         for update, micro_batches in enumerate(updates, start=1 + (step - 1) * cfg.updates):
             total = torch.zeros((), device=ranks.device)
             for m in micro_batches:
@@ -119,9 +119,9 @@ def main(cfg: Config) -> None:
                 if m.logp_old is None:
                     m.logp_old, m.entropy = logp.detach(), entropy
                 advantage = rl.advantages(m.reward, m.baseline, m.logp_old, m.logp_ref, m.span, beta=cfg.beta)
-                loss, ratio = rl.policy_loss(logp, m.logp_old, m.span, advantage, m.weight, epsilon=cfg.epsilon)
+                loss, left = rl.policy_loss(logp, m.logp_old, m.span, advantage, m.weight, epsilon=cfg.epsilon)
                 (loss * ranks.size).backward()  # the ranks' gradients are averaged, and we want their sum
-                ratios.append(ratio)
+                outside.append(left)
                 total += loss.detach()
             lr = cfg.lr * min(1.0, update / max(cfg.warmup, 1))
             what = f"problems {list(dict.fromkeys(t.problem.unique_id for t in trajectories))}"
@@ -133,7 +133,7 @@ def main(cfg: Config) -> None:
 
         # 5. Log, show, evaluate, save.
         scored = [m for micro_batches in updates for m in micro_batches]
-        row = measure(trajectories, credits, scored, torch.cat(ratios), ranks, cfg)
+        row = measure(trajectories, credits, scored, torch.cat(outside), ranks, cfg)
         run.log({"step": step} | row | {"grad_norm": sum(norms) / len(norms), "lr": lr} | clock.parts)
         if cfg.show_every and step % cfg.show_every == 0 and run.first:
             print(show(trajectories[0]), end="\n\n")
@@ -220,7 +220,7 @@ def score(
     return out
 
 
-def measure(trajectories, credits, scored: list[Scored], ratio: torch.Tensor, ranks: Ranks, cfg: Config) -> dict:
+def measure(trajectories, credits, scored: list[Scored], outside: torch.Tensor, ranks: Ranks, cfg: Config) -> dict:
     """The numbers of one step, over all its rollouts and tokens and all ranks; docs/logging.md explains each."""
     summary = metrics.summarize(trajectories)
     rewards = [sum(credit.reward) / len(credit.reward) for credit in credits]  # weighed as in the loss: 1/|y|_a each
@@ -231,9 +231,8 @@ def measure(trajectories, credits, scored: list[Scored], ratio: torch.Tensor, ra
     old, ref, sampled, entropy = (
         torch.cat([getattr(m, name) for m in scored]) for name in ("logp_old", "logp_ref", "logp_sampled", "entropy")
     )
-    outside = (ratio - 1).abs() > cfg.epsilon
     sums = [x.sum().item() for x in (old - ref, entropy, (sampled - old).abs(), outside)]
-    kl, surprise, gap, clipped, tokens, spans = ranks.sum([*sums, len(old), len(ratio)])
+    kl, surprise, gap, clipped, tokens, spans = ranks.sum([*sums, len(old), len(outside)])
     return {
         "reward": sum(rewards) / len(rewards),
         **{name: summary[name] for name in logged},

@@ -148,7 +148,7 @@ def advantages(
 def policy_loss(
     logp: Tensor, logp_old: Tensor, span: Tensor, advantage: Tensor, weight: Tensor, *, epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """L of (3) and (6), −Σ weight · min(r·A, clip(r, 1−ε, 1+ε)·A), and the ratio r of each span, (J,), detached.
+    """L of (3) and (6), −Σ weight · min(r·A, clip(r, 1−ε, 1+ε)·A), and which spans' r leave the clip range, (J,) bool.
 
     logp (Q,) carries the gradient; logp_old and span (Q,) do not. advantage and weight (J,); `weight` is that of
     `spans`, so the loss of an update is the sum of the losses of its micro-batches.
@@ -157,5 +157,6 @@ def policy_loss(
     # Departs from the paper, with the release: the mean, not the sum, of the token log-ratios, a length-normalised
     # ratio as in GSPO (arXiv 2507.18071). The product over a long span would leave the clip range at once.
     ratio = (span_sum(logp - logp_old, span, len(advantage)) / tokens).exp()
-    gain = torch.minimum(ratio * advantage, ratio.clamp(1 - epsilon, 1 + epsilon) * advantage)
-    return -(weight * gain).sum(), ratio.detach()
+    clipped = ratio.clamp(1 - epsilon, 1 + epsilon)
+    gain = torch.minimum(ratio * advantage, clipped * advantage)
+    return -(weight * gain).sum(), ratio != clipped

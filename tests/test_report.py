@@ -44,6 +44,23 @@ def test_reports_on_the_same_problems_are_paired(tmp_path, capsys):
     assert paired == [f"{tmp_path}/b against {tmp_path}/a: 2 problems gained, 1 lost, p = 1 (McNemar's test)"]
 
 
+def test_reports_of_one_name_are_one_model_over_seeds(tmp_path, capsys):
+    """Three seeds: 50, 75, 100 % after 50, 50, 50 %. With ν = 2, t is 4.303 and the standard error 25/√3."""
+    paths = []
+    for seed, after in enumerate(("++--", "+++-", "++++")):
+        (tmp_path / f"{seed}").mkdir()
+        for name, codes in (("base", "++--"), ("sft", after)):
+            paths.append(tmp_path / f"{seed}" / f"{name}.json")
+            rows = samples(**dict(zip("pqrs", codes)))
+            paths[-1].write_text(json.dumps(summarize(rows) | at_k(rows)))
+    main(Config(tuple(map(str, paths))))
+    _, base, sft, difference = capsys.readouterr().out.splitlines()
+    assert base.split()[:3] == ["base", "50.0", "±0.0"] and sft.split()[:3] == ["sft", "75.0", "±62.1"]
+    assert difference == "sft against base: accuracy +25.0 ± 62.1 over 3 seeds"
+    with pytest.raises(ValueError, match="base 3, sft 2: not the same number of reports"):
+        main(Config(tuple(map(str, paths[:-1]))))
+
+
 def test_report_refuses_what_is_not_one(tmp_path):
     with pytest.raises(ValueError, match="c.json: no report there; give"):
         main(Config((str(tmp_path / "c.json"),)))
