@@ -23,7 +23,7 @@ evaluate() { # name, model folder: greedy answers to the test problems
     --out "$F/$1.test.jsonl" --report "$F/$1.json"
 }
 sft="train_sft.py --lr 1e-4 --batch-size 16 --max-length 1024 --tokens-per-microbatch 4096"
-rl="train_rl.py --problems 16 --rollouts 4 --updates 1 --beta 0.01 --lr 1e-5 --steps 40 --max-new-tokens 400
+rl="train_rl.py --problems 16 --rollouts 4 --updates 1 --beta 0.01 --lr 2e-5 --steps 40 --max-new-tokens 400
   --tokens-per-microbatch 4096"
 
 # Problems whose formula can be undone: for stages 0 and 1, for RL, for the test.
@@ -40,7 +40,7 @@ make "$F/samples.jsonl" sample.py --model "$F/warm" --data "$F/sft.jsonl" --n 5 
 make "$F/trajectories.jsonl" -m s2r.stage0.verifications --rollouts "$F/samples.jsonl" --out "$F/checks.jsonl" \
   --by formula --data "$F/sft.jsonl"
 make "$F/trajectories.jsonl" -m s2r.stage0.build --rollouts "$F/samples.jsonl" --verifications "$F/checks.jsonl" \
-  --seed "$seed" --out "$F/trajectories.jsonl"
+  --seed "$seed" --keep 1 1 1 1 --out "$F/trajectories.jsonl"
 train sft $sft --model "$F/warm" --data "$F/trajectories.jsonl" --kl 0.01 --epochs 3
 evaluate sft "$F/sft"
 
@@ -53,7 +53,7 @@ done
 # Controls, each with at least as many updates as the models that it stands beside.
 train warm-plus $sft --model "$model" --data "$F/sft.jsonl" --kl 0 --epochs 6
 evaluate warm-plus "$F/warm-plus"
-train sft-plus $sft --model "$F/warm" --data "$F/trajectories.jsonl" --kl 0.01 --epochs 6
+train sft-plus $sft --model "$F/warm" --data "$F/trajectories.jsonl" --kl 0.01 --epochs 5
 evaluate sft-plus "$F/sft-plus"
 make "$F/votes.json" sample.py --model "$F/warm" --data "$F/test.jsonl" --n 16 --temperature 0.7 --max-new-tokens 128 \
   --seed "$seed" --show 0 --out "$F/votes.jsonl" --report "$F/votes.json"

@@ -1,0 +1,29 @@
+#!/bin/sh
+# Measures a fork in the toy world, over three seeds:
+#
+#     for s in 0 1 2; do python -m s2r.toy --folder runs/findings/seed-$s --seed $s; done      # once, before any fork
+#     git apply docs/forks/grpo.md
+#     sh docs/forks/run.sh grpo --level outcome
+#     git apply -R docs/forks/grpo.md
+#
+# NAME, FLAGS: RL with the toy's settings and these flags, from the SFT model of each seed; greedy answers to its test
+# problems. The reports go to docs/forks/seed-N/NAME.json. What is made is not made again.
+set -eu
+trap 'exit 130' INT TERM # a training script that is asked to stop saves and exits with status 0
+[ $# -gt 0 ] || { echo "usage: sh docs/forks/run.sh NAME FLAGS…" >&2; exit 2; }
+name=$1
+shift
+toy() { # seed, an expression of s2r.toy: its words, in the seed's folder
+  python -c "from s2r.toy.__main__ import RL, evaluation; print(($2).replace('F/', 'runs/findings/seed-$1/'))"
+}
+for seed in 0 1 2; do
+  kept=docs/forks/seed-$seed
+  [ -e "$kept/$name.json" ] && continue
+  mkdir -p "$kept"
+  F=runs/findings/seed-$seed
+  python $(toy $seed RL) --data "$F/train.jsonl" --out "$F/$name" --seed $seed "$@"
+  python $(toy $seed "evaluation('$name')[2]") --seed $seed
+  cp "$F/$name.json" "$kept/"
+done
+python -m s2r.view.report docs/findings/seed-[012]/sft.json docs/findings/seed-[012]/sft-plus.json \
+  docs/findings/seed-[012]/rl-outcome.json docs/findings/seed-[012]/rl-process.json docs/forks/seed-[012]/"$name".json

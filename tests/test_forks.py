@@ -1,0 +1,59 @@
+"""docs/forks: every diff applies to a copy of this tree, its own tests pass there, and it trains two steps."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from tiny_model import problem_file
+
+FORKS = ROOT / "docs" / "forks"
+PAGES = sorted(page for page in FORKS.glob("*.md") if page.name != "README.md")
+TWO_STEPS = """--problems 2 --rollouts 2 --updates 1 --steps 2 --lr 1e-3 --max-new-tokens 32 --tokens-per-microbatch 512
+    --device cpu""".split()
+
+
+def run(*words: str | Path, cwd: Path) -> str:
+    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_fork_applies_its_tests_pass_and_it_trains(page, tmp_path, base):
+    text, tree = page.read_text(encoding="utf-8"), tmp_path / "tree"
+    for name in ("s2r", "kernels", "tests", "docs"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in ROOT.glob("*.*"):
+        if path.is_file():
+            shutil.copy(path, tree)
+    run("git", "apply", page, cwd=tree)
+    tests = re.findall(r"^python -m pytest (.*)", text, re.MULTILINE)
+    runs = re.findall(r"^sh docs/forks/run.sh (\S+)(.*)", text, re.MULTILINE)
+    assert tests and runs, "the page names no test, or no run"
+    for words in tests:
+        run(sys.executable, "-m", "pytest", "-q", *words.split(), cwd=tree)
+    problems = problem_file(tmp_path / "problems.jsonl")
+    for name, flags in runs:
+        run(
+            sys.executable, "train_rl.py", "--model", base, "--data", problems, "--out", tmp_path / name, *TWO_STEPS,
+            *flags.split("#")[0].split(), cwd=tree,
+        )  # fmt: skip
+        assert len((tmp_path / name / "log.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_fork_states_its_lines(page):
+    """Lines added and removed, those of tests not counted; the page and the table of docs/forks/README.md say them."""
+    text = page.read_text(encoding="utf-8")
+    files = re.split(r"^diff --git ", re.search(r"^```diff\n(.*?)^```", text, re.MULTILINE | re.DOTALL)[1], flags=re.MULTILINE)
+    code = "\n".join(file.split("\n@@", 1)[1] for file in files if file and not file.startswith("a/tests/"))
+    added, removed = (len(re.findall(rf"^{sign}", code, re.MULTILINE)) for sign in (r"\+", "-"))
+    stated = f"+{added} −{removed}"
+    assert stated in text
+    assert re.search(rf"\({page.name}\).*{re.escape(stated)}", (FORKS / "README.md").read_text(encoding="utf-8"))
