@@ -18,12 +18,18 @@ train() { # name, flags: the run folder FOLDER/name; one that has been evaluated
   shift
   make "$F/$name.json" "$@" --out "$F/$name" --seed "$seed" --resume
 }
+longer() { # name, finished run, flags: a copy of the run, trained on
+  [ -e "$F/$1" ] || { rm -rf "$F/$1.part"; cp -r "$F/$2" "$F/$1.part"; mv "$F/$1.part" "$F/$1"; }
+  name=$1
+  shift 2
+  train "$name" "$@"
+}
 evaluate() { # name, model folder: greedy answers to the test problems
   make "$F/$1.json" sample.py --model "$2" --data "$F/test.jsonl" --max-new-tokens 400 --show 0 \
     --out "$F/$1.test.jsonl" --report "$F/$1.json"
 }
 sft="train_sft.py --lr 1e-4 --batch-size 16 --max-length 1024 --tokens-per-microbatch 4096"
-rl="train_rl.py --problems 16 --rollouts 4 --updates 1 --beta 0.01 --lr 2e-5 --steps 40 --max-new-tokens 400
+rl="train_rl.py --problems 16 --rollouts 4 --updates 1 --beta 0.01 --lr 2e-5 --steps 34 --max-new-tokens 400
   --tokens-per-microbatch 4096"
 
 # Problems whose formula can be undone: for stages 0 and 1, for RL, for the test.
@@ -44,16 +50,16 @@ make "$F/trajectories.jsonl" -m s2r.stage0.build --rollouts "$F/samples.jsonl" -
 train sft $sft --model "$F/warm" --data "$F/trajectories.jsonl" --kl 0.01 --epochs 3
 evaluate sft "$F/sft"
 
-# Stage 2, on problems that no stage has seen.
+# Stage 2: one pass over problems that no stage has seen, 16 a step.
 for level in outcome process; do
   train rl-$level $rl --model "$F/sft" --data "$F/rl.jsonl" --level $level
   evaluate rl-$level "$F/rl-$level"
 done
 
-# Controls, each with at least as many updates as the models that it stands beside.
-train warm-plus $sft --model "$model" --data "$F/sft.jsonl" --kl 0 --epochs 6
+# Controls, each with at least as many updates as the models that it stands beside: the runs above, continued.
+longer warm-plus warm $sft --model "$model" --data "$F/sft.jsonl" --kl 0 --epochs 6
 evaluate warm-plus "$F/warm-plus"
-train sft-plus $sft --model "$F/warm" --data "$F/trajectories.jsonl" --kl 0.01 --epochs 5
+longer sft-plus sft $sft --model "$F/warm" --data "$F/trajectories.jsonl" --kl 0.01 --epochs 5
 evaluate sft-plus "$F/sft-plus"
 make "$F/votes.json" sample.py --model "$F/warm" --data "$F/test.jsonl" --n 16 --temperature 0.7 --max-new-tokens 128 \
   --seed "$seed" --show 0 --out "$F/votes.jsonl" --report "$F/votes.json"

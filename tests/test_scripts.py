@@ -302,14 +302,22 @@ def test_resume_is_exact(name, world, tmp_path, monkeypatch):
     assert log(tmp_path / "whole") == log(tmp_path / "halves") and len(log(tmp_path / "whole")) == 4
 
 
-def test_resume_may_make_an_rl_run_longer(world, tmp_path):
-    """4 steps in one go = 2 steps, then --steps 4 --resume."""
-    settings = RL | {"model": world.sft, "data": world.problems}
-    train_rl.main(train_rl.Config(out=str(tmp_path / "whole"), **settings))
-    train_rl.main(train_rl.Config(out=str(tmp_path / "halves"), **settings | {"steps": 2}))
-    train_rl.main(train_rl.Config(out=str(tmp_path / "halves"), resume=True, **settings))
-    assert same(*(torch.load(tmp_path / half / "step-4" / "state.pt") for half in ("whole", "halves")))
-    assert log(tmp_path / "whole") == log(tmp_path / "halves")
+@pytest.mark.parametrize(("name", "more", "fewer"), [("train_sft", {"epochs": 2}, {"epochs": 1}),
+                                                     ("train_rl", {"steps": 4}, {"steps": 2})])  # fmt: skip
+def test_resume_may_make_a_copied_run_longer(name, more, fewer, world, tmp_path):
+    """Two epochs or 4 steps in one go = half of it, the folder copied, then the rest with --resume; the half stays."""
+    base, data, settings = (
+        (world.base, world.trajectories, SFT) if name == "train_sft" else (world.sft, world.problems, RL)
+    )
+    script, settings = SCRIPTS[name], settings | {"model": base, "data": data}
+    script.main(script.Config(out=str(tmp_path / "whole"), **settings | more))
+    script.main(script.Config(out=str(tmp_path / "half"), **settings | fewer))
+    before = digest(tmp_path / "half")
+    shutil.copytree(tmp_path / "half", tmp_path / "longer")
+    script.main(script.Config(out=str(tmp_path / "longer"), resume=True, **settings | more))
+    step = len(log(tmp_path / "whole"))
+    states = [torch.load(tmp_path / out / f"step-{step}" / "state.pt") for out in ("whole", "longer")]
+    assert same(*states) and log(tmp_path / "whole") == log(tmp_path / "longer") and digest(tmp_path / "half") == before
 
 
 def test_signal_while_sampling_gives_the_step_up(world, tmp_path, monkeypatch, capsys, handlers):

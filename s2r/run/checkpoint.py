@@ -36,7 +36,7 @@ STATE = "state.pt"
 # What of the base folder goes along with the weights: files whose name begins like this.
 TOKENIZER = ("tokenizer", "vocab", "merges.txt", "chat_template", "generation_config.json", "special_tokens")
 # What a resumed run may change: length, memory, place and printing, none of which changes what a step learns.
-FREE = {"steps", "save_every", "keep", "show_every", "eval_data", "eval_every", "tensorboard"}
+FREE = {"out", "epochs", "steps", "save_every", "keep", "show_every", "eval_data", "eval_every", "tensorboard"}
 FREE |= {"tokens_per_microbatch", "slots", "checkpointing", "offload", "device", "command", "commit", "torch"}
 
 
