@@ -24,9 +24,11 @@ longer() { # name, finished run, flags: a copy of the run, trained on
   shift 2
   train "$name" "$@"
 }
-evaluate() { # name, model folder: greedy answers to the test problems
+evaluate() { # name, model folder: answers to the test problems, greedy and sampled
   make "$F/$1.json" sample.py --model "$2" --data "$F/test.jsonl" --max-new-tokens 400 --show 0 \
     --out "$F/$1.test.jsonl" --report "$F/$1.json"
+  make "$F/$1.sampled.json" sample.py --model "$2" --data "$F/test.jsonl" --max-new-tokens 400 --show 0 \
+    --temperature 0.7 --seed "$seed" --out "$F/$1.sampled.jsonl" --report "$F/$1.sampled.json"
 }
 sft="train_sft.py --lr 1e-4 --batch-size 16 --max-length 1024 --tokens-per-microbatch 4096"
 rl="train_rl.py --problems 16 --rollouts 4 --updates 1 --beta 0.01 --lr 2e-5 --steps 34 --max-new-tokens 400
@@ -65,8 +67,10 @@ make "$F/votes.json" sample.py --model "$F/warm" --data "$F/test.jsonl" --n 16 -
   --seed "$seed" --show 0 --out "$F/votes.jsonl" --report "$F/votes.json"
 
 python -m s2r.stage0.audit "$F/sft.test.jsonl" "$F/sft-plus.test.jsonl" "$F/rl-outcome.test.jsonl" "$F/rl-process.test.jsonl"
-python -m s2r.view.report "$F/base.json" "$F/warm.json" "$F/warm-plus.json" "$F/sft.json" "$F/sft-plus.json" \
-  "$F/rl-outcome.json" "$F/rl-process.json" "$F/votes.json"
-for pair in "warm-plus sft" "sft rl-outcome" "sft-plus rl-outcome" "sft rl-process" "sft-plus rl-process"; do
-  python -m s2r.view.report "$F/${pair% *}.json" "$F/${pair#* }.json" | tail -1
+for kind in "" .sampled; do
+  python -m s2r.view.report "$F/base$kind.json" "$F/warm$kind.json" "$F/warm-plus$kind.json" "$F/sft$kind.json" \
+    "$F/sft-plus$kind.json" "$F/rl-outcome$kind.json" "$F/rl-process$kind.json" "$F/votes.json"
+  for pair in "warm-plus sft" "sft rl-outcome" "sft-plus rl-outcome" "sft rl-process" "sft-plus rl-process"; do
+    python -m s2r.view.report "$F/${pair% *}$kind.json" "$F/${pair#* }$kind.json" | tail -1
+  done
 done
