@@ -3,8 +3,8 @@
 #
 #     sh docs/real_model.sh MODEL asdiv.jsonl FOLDER SEED
 #
-# MODEL is the Hugging Face folder of a small instruct model; everything goes to FOLDER. What is made is not made again: to
-# resume, give the same command again.
+# MODEL is the Hugging Face folder of a small instruct model; everything goes to FOLDER. What is made is not made again:
+# to resume, give the same command again.
 set -eu
 trap 'exit 130' INT TERM # a training script that is asked to stop saves and exits with status 0
 [ $# = 4 ] || { echo "usage: sh docs/real_model.sh MODEL asdiv.jsonl FOLDER SEED" >&2; exit 2; }
@@ -66,7 +66,8 @@ evaluate sft-plus "$F/sft-plus"
 make "$F/votes.json" sample.py --model "$F/warm" --data "$F/test.jsonl" --n 16 --temperature 0.7 --max-new-tokens 128 \
   --seed "$seed" --show 0 --out "$F/votes.jsonl" --report "$F/votes.json"
 
-python -m s2r.stage0.audit "$F/sft.test.jsonl" "$F/sft-plus.test.jsonl" "$F/rl-outcome.test.jsonl" "$F/rl-process.test.jsonl"
+python -m s2r.stage0.audit "$F/sft.test.jsonl" "$F/sft-plus.test.jsonl" "$F/rl-outcome.test.jsonl" \
+  "$F/rl-process.test.jsonl"
 for kind in "" .sampled; do
   python -m s2r.view.report "$F/base$kind.json" "$F/warm$kind.json" "$F/warm-plus$kind.json" "$F/sft$kind.json" \
     "$F/sft-plus$kind.json" "$F/rl-outcome$kind.json" "$F/rl-process$kind.json" "$F/votes.json"

@@ -3,7 +3,8 @@
     python tests/benchmark.py --model DIR --data gsm8k_test.jsonl            about 15 minutes on two cores
 
 Each row gives the median over rounds in which the two take turns, and the median of their ratio; a ratio above 1 is
-in our favour. The RL step's ratio is that of the medians. The machine should be idle otherwise. Sampling is at temperature 0.7 from the whole distribution.
+in our favour. The RL step's ratio is that of the medians. The machine should be idle otherwise. Sampling is at
+temperature 0.7 from the whole distribution.
 The part "rl" needs `pip install trl` and takes 12 minutes more in fp32, and in bf16 longer where the CPU has no AMX.
 """
 

@@ -1,5 +1,6 @@
 """docs/forks: every diff applies to a copy of this tree, its own tests pass there, and it trains two steps."""
 
+import json
 import os
 import re
 import shutil
@@ -10,10 +11,13 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from s2r.toy.findings import cell, value
 from tiny_model import problem_file
 
 FORKS = ROOT / "docs" / "forks"
 PAGES = sorted(page for page in FORKS.glob("*.md") if page.name != "README.md")
+COLUMNS = {"final": "accuracy", "first": "first_accuracy", "trials": "trials", "VA": "va", "VA on right": "va_right",
+           "VA on wrong": "er", "ICR": "icr", "finished": "finished", "unchecked": "unchecked"}  # fmt: skip
 TWO_STEPS = """--problems 2 --rollouts 2 --updates 1 --steps 2 --lr 1e-3 --max-new-tokens 32 --tokens-per-microbatch 512
     --device cpu""".split()
 
@@ -57,3 +61,20 @@ def test_fork_states_its_lines(page):
     stated = f"+{added} −{removed}"
     assert stated in text
     assert re.search(rf"\({page.name}\).*{re.escape(stated)}", (FORKS / "README.md").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_measured_numbers_are_those_of_the_reports(page):
+    """Rows of a page's table name their report: mean ± half of the 95 % interval over seeds 0 to 2, or a number each."""
+    for table in re.findall(r"^\| toy, .*\n(?:\|.*\n)+", page.read_text(encoding="utf-8"), re.MULTILINE):
+        (_, *names), _, *rows = [[part.strip() for part in line.strip("| ").split("|")] for line in table.splitlines()]
+        assert rows
+        for model, *found in rows:
+            file = re.search(r"`(.*)`", model)[1] + ".json"
+            folders = [ROOT / "docs" / part / f"seed-{seed}" for seed in (0, 1, 2) for part in ("findings", "forks")]
+            reports = [json.loads((folder / file).read_text()) for folder in folders if (folder / file).exists()]
+            assert len(reports) == 3
+            for name, number in zip(names, found, strict=True):
+                values = [value(report, COLUMNS[name]) for report in reports]
+                each = ", ".join(f"{x:.0f}" for x in values)
+                assert number == (each if "," in number else cell(values, 2 if name == "trials" else 1))

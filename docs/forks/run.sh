@@ -7,7 +7,7 @@
 #     git apply -R docs/forks/grpo.md
 #
 # NAME, FLAGS: RL with the toy's settings and these flags, from the SFT model of each seed; greedy answers to its test
-# problems. The reports go to docs/forks/seed-N/NAME.json. What is made is not made again.
+# problems. The reports go to docs/forks/seed-N/NAME.json, with what s2r.toy.findings adds. What is made is not made again.
 set -eu
 trap 'exit 130' INT TERM # a training script that is asked to stop saves and exits with status 0
 [ $# -gt 0 ] || { echo "usage: sh docs/forks/run.sh NAME FLAGS…" >&2; exit 2; }
@@ -23,7 +23,13 @@ for seed in 0 1 2; do
   F=runs/findings/seed-$seed
   python $(toy $seed RL) --data "$F/train.jsonl" --out "$F/$name" --seed $seed "$@"
   python $(toy $seed "evaluation('$name')[2]") --seed $seed
-  cp "$F/$name.json" "$kept/"
+  python -c "
+import json
+from s2r.data import read_jsonl
+from s2r.toy.findings import extended
+report = extended(json.load(open('$F/$name.json')), read_jsonl('$F/$name.test.jsonl'))
+print(json.dumps(report, indent=1))" > "$kept/$name.partial"
+  mv "$kept/$name.partial" "$kept/$name.json"
 done
 python -m s2r.view.report docs/findings/seed-[012]/sft.json docs/findings/seed-[012]/sft-plus.json \
   docs/findings/seed-[012]/rl-outcome.json docs/findings/seed-[012]/rl-process.json docs/forks/seed-[012]/"$name".json
