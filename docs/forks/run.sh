@@ -31,5 +31,8 @@ report = extended(json.load(open('$F/$name.json')), read_jsonl('$F/$name.test.js
 print(json.dumps(report, indent=1))" > "$kept/$name.partial"
   mv "$kept/$name.partial" "$kept/$name.json"
 done
-python -m s2r.view.report docs/findings/seed-[012]/sft.json docs/findings/seed-[012]/sft-plus.json \
-  docs/findings/seed-[012]/rl-outcome.json docs/findings/seed-[012]/rl-process.json docs/forks/seed-[012]/"$name".json
+core="sft sft-plus rl-outcome rl-process"
+python -m s2r.view.report $(for model in $core; do echo docs/findings/seed-[012]/$model.json; done) docs/forks/seed-[012]/"$name".json
+for model in $core; do
+  python -m s2r.view.report docs/findings/seed-[012]/$model.json docs/forks/seed-[012]/"$name".json | tail -1
+done
