@@ -63,18 +63,33 @@ def test_fork_states_its_lines(page):
     assert re.search(rf"\({page.name}\).*{re.escape(stated)}", (FORKS / "README.md").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def reports(model: str) -> list[dict]:
+    """The kept reports of a model, of seeds 0 to 2."""
+    folders = [ROOT / "docs" / part / f"seed-{seed}" for seed in (0, 1, 2) for part in ("findings", "forks")]
+    found = [json.loads((folder / f"{model}.json").read_text()) for folder in folders if (folder / f"{model}.json").exists()]
+    assert len(found) == 3, model
+    return found
+
+
+@pytest.mark.parametrize("page", [*PAGES, FORKS / "README.md"], ids=lambda page: page.stem)
 def test_measured_numbers_are_those_of_the_reports(page):
-    """Rows of a page's table name their report: mean ± half of the 95 % interval over seeds 0 to 2, or a number each."""
+    """Rows of a table name their report: mean ± half of the 95 % interval over seeds 0 to 2, or a number each.
+
+    A column "− `model`" has the differences of the final accuracies.
+    """
     for table in re.findall(r"^\| toy, .*\n(?:\|.*\n)+", page.read_text(encoding="utf-8"), re.MULTILINE):
         (_, *names), _, *rows = [[part.strip() for part in line.strip("| ").split("|")] for line in table.splitlines()]
         assert rows
         for model, *found in rows:
-            file = re.search(r"`(.*)`", model)[1] + ".json"
-            folders = [ROOT / "docs" / part / f"seed-{seed}" for seed in (0, 1, 2) for part in ("findings", "forks")]
-            reports = [json.loads((folder / file).read_text()) for folder in folders if (folder / file).exists()]
-            assert len(reports) == 3
+            measured = reports(re.search(r"`(.*)`", model)[1])
             for name, number in zip(names, found, strict=True):
-                values = [value(report, COLUMNS[name]) for report in reports]
-                each = ", ".join(f"{x:.0f}" for x in values)
-                assert number == (each if "," in number else cell(values, 2 if name == "trials" else 1))
+                column = COLUMNS.get(name, "accuracy")
+                values = [value(report, column) for report in measured]
+                if less := re.fullmatch(r"− `(.*)`", name):
+                    gains = [x - value(report, column) for x, report in zip(values, reports(less[1]))]
+                    text = cell(gains, 1).replace("-", "−")
+                    assert number == (("" if text.startswith("−") else "+") + text if any(gains) else "")
+                elif "," in number:
+                    assert number == ", ".join(f"{x:.0f}" for x in values)
+                else:
+                    assert number == cell(values, 2 if name == "trials" else 1)
