@@ -31,7 +31,7 @@ evaluate() { # name, model folder: answers to the test problems, greedy and samp
     --temperature 0.7 --seed "$seed" --out "$F/$1.sampled.jsonl" --report "$F/$1.sampled.json"
 }
 sft="train_sft.py --lr 1e-4 --batch-size 16 --max-length 1024 --tokens-per-microbatch 4096"
-rl="train_rl.py --problems 16 --rollouts 4 --updates 1 --beta 0.01 --lr 2e-5 --steps 34 --max-new-tokens 400
+rl="train_rl.py --problems 16 --rollouts 4 --updates 1 --beta 0.01 --lr 2e-5 --steps 24 --max-new-tokens 400
   --tokens-per-microbatch 4096"
 
 # Problems whose formula can be undone: for stages 0 and 1, for RL, for the test.
@@ -52,9 +52,12 @@ make "$F/trajectories.jsonl" -m s2r.stage0.build --rollouts "$F/samples.jsonl" -
 train sft $sft --model "$F/warm" --data "$F/trajectories.jsonl" --kl 0.01 --epochs 3
 evaluate sft "$F/sft"
 
-# Stage 2: one pass over problems that no stage has seen, 16 a step.
+# Stage 2: on problems that no stage has seen, of these the ones that the warm-up model solves sometimes.
+make "$F/rl.samples.jsonl" sample.py --model "$F/warm" --data "$F/rl.jsonl" --n 5 --temperature 0.7 --max-new-tokens 128 \
+  --seed "$seed" --show 0 --out "$F/rl.samples.jsonl"
+make "$F/rl.selected.jsonl" -m s2r.stage0.select --rollouts "$F/rl.samples.jsonl" --out "$F/rl.selected.jsonl"
 for level in outcome process; do
-  train rl-$level $rl --model "$F/sft" --data "$F/rl.jsonl" --level $level
+  train rl-$level $rl --model "$F/sft" --data "$F/rl.selected.jsonl" --level $level
   evaluate rl-$level "$F/rl-$level"
 done
 

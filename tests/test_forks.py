@@ -71,14 +71,14 @@ def reports(model: str) -> list[dict]:
     return found
 
 
-@pytest.mark.parametrize("page", [*PAGES, FORKS / "README.md"], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*PAGES, FORKS / "README.md", ROOT / "docs" / "running.md"], ids=lambda page: page.stem)
 def test_measured_numbers_are_those_of_the_reports(page):
     """Rows of a table name their report: mean ± half of the 95 % interval over seeds 0 to 2, or a number each.
 
     A column "− `model`" has the differences of the final accuracies.
     """
     for table in re.findall(r"^\| toy, .*\n(?:\|.*\n)+", page.read_text(encoding="utf-8"), re.MULTILINE):
-        (_, *names), _, *rows = [[part.strip() for part in line.strip("| ").split("|")] for line in table.splitlines()]
+        (_, *names), _, *rows = [[part.strip() for part in line.strip("|").split("|")] for line in table.splitlines()]
         assert rows
         for model, *found in rows:
             measured = reports(re.search(r"`(.*)`", model)[1])
@@ -88,7 +88,7 @@ def test_measured_numbers_are_those_of_the_reports(page):
                 if less := re.fullmatch(r"− `(.*)`", name):
                     gains = [x - value(report, column) for x, report in zip(values, reports(less[1]))]
                     text = cell(gains, 1).replace("-", "−")
-                    assert number == (("" if text.startswith("−") else "+") + text if any(gains) else "")
+                    assert number == (("" if text.startswith("−") else "+") + text if any(gains) else "–")
                 elif "," in number:
                     assert number == ", ".join(f"{x:.0f}" for x in values)
                 else:
