@@ -83,13 +83,19 @@ def test_measured_numbers_are_those_of_the_reports(page):
         for model, *found in rows:
             measured = reports(re.search(r"`(.*)`", model)[1])
             for name, number in zip(names, found, strict=True):
-                column = COLUMNS.get(name, "accuracy")
-                values = [value(report, column) for report in measured]
-                if less := re.fullmatch(r"− `(.*)`", name):
-                    gains = [x - value(report, column) for x, report in zip(values, reports(less[1]))]
+                less = re.fullmatch(r"− `(.*)`", name)
+                values = [value(report, "accuracy" if less else COLUMNS[name]) for report in measured]
+                if less:
+                    gains = [x - value(report, "accuracy") for x, report in zip(values, reports(less[1]))]
                     text = cell(gains, 1).replace("-", "−")
                     assert number == (("" if text.startswith("−") else "+") + text if any(gains) else "–")
                 elif "," in number:
                     assert number == ", ".join(f"{x:.0f}" for x in values)
                 else:
                     assert number == cell(values, 2 if name == "trials" else 1)
+
+
+def test_every_kept_report_stands_in_a_table():
+    text = "".join(page.read_text(encoding="utf-8") for page in (FORKS / "README.md", ROOT / "docs" / "running.md"))
+    rows = set(re.findall(r"^\| [^|]*\(`([^`]*)`\) \|.* ± ", text, re.MULTILINE))
+    assert {report.stem for report in FORKS.glob("seed-*/*.json")} <= rows
