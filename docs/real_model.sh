@@ -24,19 +24,22 @@ longer() { # name, finished run, flags: a copy of the run, trained on
   shift 2
   train "$name" "$@"
 }
-evaluate() { # name, model folder: answers to the test problems, greedy and sampled
+greedy() { # name, model folder: greedy answers to the test problems
   make "$F/$1.json" sample.py --model "$2" --data "$F/test.jsonl" --max-new-tokens 400 --show 0 \
     --out "$F/$1.test.jsonl" --report "$F/$1.json"
+}
+evaluate() { # name, model folder: greedy answers and sampled ones
+  greedy "$1" "$2"
   make "$F/$1.sampled.json" sample.py --model "$2" --data "$F/test.jsonl" --max-new-tokens 400 --show 0 \
     --temperature 0.7 --seed "$seed" --out "$F/$1.sampled.jsonl" --report "$F/$1.sampled.json"
 }
-sft="train_sft.py --lr 1e-4 --batch-size 16 --max-length 1024 --tokens-per-microbatch 4096"
+sft="train_sft.py --lr 1e-4 --batch-size 16 --max-length 1024 --tokens-per-microbatch 2048"
 rl="train_rl.py --problems 16 --rollouts 4 --updates 1 --beta 0.01 --lr 2e-5 --steps 24 --max-new-tokens 400
-  --tokens-per-microbatch 4096"
+  --tokens-per-microbatch 2048 --temperature 1.0"
 
 # Problems whose formula can be undone: for stages 0 and 1, for RL, for the test.
 make "$F/test.jsonl" -m s2r.stage0.formula --data "$data" --folder "$F"
-evaluate base "$model"
+greedy base "$model"
 
 # Warm-up: the base model rarely boxes an answer. It learns the form of a solution from the solutions.
 train warm $sft --model "$model" --data "$F/sft.jsonl" --kl 0 --epochs 2
@@ -55,14 +58,15 @@ evaluate sft "$F/sft"
 # Stage 2: on problems that no stage has seen, of these the ones that the warm-up model solves sometimes.
 make "$F/rl.samples.jsonl" sample.py --model "$F/warm" --data "$F/rl.jsonl" --n 5 --temperature 0.7 --max-new-tokens 128 \
   --seed "$seed" --show 0 --out "$F/rl.samples.jsonl"
-make "$F/rl.selected.jsonl" -m s2r.stage0.select --rollouts "$F/rl.samples.jsonl" --out "$F/rl.selected.jsonl"
+make "$F/rl.selected.jsonl" -m s2r.stage0.select --rollouts "$F/rl.samples.jsonl" --out "$F/rl.selected.jsonl" \
+  --accuracy 0.3 0.9
 for level in outcome process; do
   train rl-$level $rl --model "$F/sft" --data "$F/rl.selected.jsonl" --level $level
   evaluate rl-$level "$F/rl-$level"
 done
 
 # Controls, each with at least as many updates as the models that it stands beside: the runs above, continued.
-longer warm-plus warm $sft --model "$model" --data "$F/sft.jsonl" --kl 0 --epochs 6
+longer warm-plus warm $sft --model "$model" --data "$F/sft.jsonl" --kl 0 --epochs 5
 evaluate warm-plus "$F/warm-plus"
 longer sft-plus sft $sft --model "$F/warm" --data "$F/trajectories.jsonl" --kl 0.01 --epochs 5
 evaluate sft-plus "$F/sft-plus"
@@ -72,7 +76,7 @@ make "$F/votes.json" sample.py --model "$F/warm" --data "$F/test.jsonl" --n 16 -
 python -m s2r.stage0.audit "$F/sft.test.jsonl" "$F/sft-plus.test.jsonl" "$F/rl-outcome.test.jsonl" \
   "$F/rl-process.test.jsonl"
 for kind in "" .sampled; do
-  python -m s2r.view.report "$F/base$kind.json" "$F/warm$kind.json" "$F/warm-plus$kind.json" "$F/sft$kind.json" \
+  python -m s2r.view.report "$F/base.json" "$F/warm$kind.json" "$F/warm-plus$kind.json" "$F/sft$kind.json" \
     "$F/sft-plus$kind.json" "$F/rl-outcome$kind.json" "$F/rl-process$kind.json" "$F/votes.json"
   for pair in "warm-plus sft" "sft rl-outcome" "sft-plus rl-outcome" "sft rl-process" "sft-plus rl-process"; do
     python -m s2r.view.report "$F/${pair% *}$kind.json" "$F/${pair#* }$kind.json" | tail -1
