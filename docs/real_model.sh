@@ -55,11 +55,11 @@ make "$F/trajectories.jsonl" -m s2r.stage0.build --rollouts "$F/samples.jsonl" -
 train sft $sft --model "$F/warm" --data "$F/trajectories.jsonl" --kl 0.01 --epochs 3
 evaluate sft "$F/sft"
 
-# Stage 2: on problems that no stage has seen, of these the ones that the warm-up model solves sometimes.
+# Stage 2: on problems that no stage has seen, without those that the warm-up model never solves.
 make "$F/rl.samples.jsonl" sample.py --model "$F/warm" --data "$F/rl.jsonl" --n 5 --temperature 0.7 --max-new-tokens 128 \
   --seed "$seed" --show 0 --out "$F/rl.samples.jsonl"
 make "$F/rl.selected.jsonl" -m s2r.stage0.select --rollouts "$F/rl.samples.jsonl" --out "$F/rl.selected.jsonl" \
-  --accuracy 0.3 0.9
+  --accuracy 0.1 1.0
 for level in outcome process; do
   train rl-$level $rl --model "$F/sft" --data "$F/rl.selected.jsonl" --level $level
   evaluate rl-$level "$F/rl-$level"
