@@ -41,8 +41,11 @@ rl="train_rl.py --problems 16 --rollouts 4 --updates 1 --beta 0.01 --lr 2e-5 --s
 make "$F/test.jsonl" -m s2r.stage0.formula --data "$data" --folder "$F"
 greedy base "$model"
 
-# Warm-up: the base model rarely boxes an answer. It learns the form of a solution from the solutions.
-train warm $sft --model "$model" --data "$F/sft.jsonl" --kl 0 --epochs 2
+# Warm-up: the base model rarely boxes an answer. It learns the form of a solution from the solutions. Some calculations
+# among them, so that it does not forget how to compute.
+make "$F/arithmetic.jsonl" -m s2r.stage0.arithmetic --out "$F/arithmetic.jsonl" --rows 300 --seed $((seed + 1))
+cat "$F/sft.jsonl" "$F/arithmetic.jsonl" > "$F/warm.jsonl"
+train warm $sft --model "$model" --data "$F/warm.jsonl" --kl 0 --epochs 2
 evaluate warm "$F/warm"
 
 # Stage 0: five samples per problem, checks by the rule, trajectories. Stage 1: SFT.
@@ -66,7 +69,7 @@ for level in outcome process; do
 done
 
 # Controls, each with at least as many updates as the models that it stands beside: the runs above, continued.
-longer warm-plus warm $sft --model "$model" --data "$F/sft.jsonl" --kl 0 --epochs 5
+longer warm-plus warm $sft --model "$model" --data "$F/warm.jsonl" --kl 0 --epochs 5
 evaluate warm-plus "$F/warm-plus"
 longer sft-plus sft $sft --model "$F/warm" --data "$F/trajectories.jsonl" --kl 0.01 --epochs 5
 evaluate sft-plus "$F/sft-plus"
