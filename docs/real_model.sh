@@ -41,8 +41,8 @@ rl="train_rl.py --problems 16 --rollouts 4 --updates 1 --beta 0.01 --lr 2e-5 --s
 make "$F/test.jsonl" -m s2r.stage0.formula --data "$data" --folder "$F"
 greedy base "$model"
 
-# Warm-up: the base model rarely boxes an answer. It learns the form of a solution from the solutions. Some calculations
-# among them, so that it does not forget how to compute.
+# Warm-up: the base model rarely boxes an answer. It learns the form of a solution from the solutions. Calculations among
+# them, so that it does not forget what it practised; by their seed, other ones than those of the practice (seed 0).
 make "$F/arithmetic.jsonl" -m s2r.stage0.arithmetic --out "$F/arithmetic.jsonl" --rows 300 --seed $((seed + 1))
 cat "$F/sft.jsonl" "$F/arithmetic.jsonl" > "$F/warm.jsonl"
 train warm $sft --model "$model" --data "$F/warm.jsonl" --kl 0 --epochs 2

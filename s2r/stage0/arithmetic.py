@@ -3,8 +3,8 @@
     python -m s2r.stage0.arithmetic --out arithmetic.jsonl
     python train_sft.py --model BASE --data arithmetic.jsonl --kl 0 --epochs 1 --out runs/practised
 
-SmolLM2-135M-Instruct gets 2 of 60 differences of two-digit numbers right. A check by `s2r/stage0/formula.py` is made of
-such calculations. If they are wrong, its verdict says little.
+SmolLM2-135M-Instruct gets 2 to 5 % of 60 differences of numbers up to 99 right. A check by `s2r/stage0/formula.py` is
+made of such calculations. If they are wrong, its verdict says little.
 """
 
 import random
@@ -24,7 +24,7 @@ class Config:
 
 
 def draw(rng: random.Random) -> tuple[str, int]:
-    """A calculation like "81 − 28" and its result, a whole number above zero. Most numbers have two digits."""
+    """A calculation like "81 − 28" and its result, a whole number above zero. Most of the numbers are below 100."""
     sign = rng.choice("+−−×÷")
     a, b = (rng.randrange(1, 10 ** rng.choice((1, 2, 2, 2, 3))) for _ in "ab")
     if sign in "×÷":
