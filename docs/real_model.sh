@@ -1,14 +1,14 @@
 #!/bin/sh
 # A pretrained model learns to check itself, on ASDiv's word problems. Run it from the root of the repository:
 #
-#     sh docs/real_model.sh MODEL asdiv.jsonl FOLDER SEED
+#     sh docs/real_model.sh MODEL asdiv.jsonl FOLDER SEED DTYPE
 #
-# MODEL is the Hugging Face folder of a small instruct model; everything goes to FOLDER. What is made is not made again:
-# to resume, give the same command again.
+# MODEL is the Hugging Face folder of a small instruct model; everything goes to FOLDER. DTYPE: float32 or bfloat16.
+# What is made is not made again: to resume, give the same command again.
 set -eu
 trap 'exit 130' INT TERM # a training script that is asked to stop saves and exits with status 0
-[ $# = 4 ] || { echo "usage: sh docs/real_model.sh MODEL asdiv.jsonl FOLDER SEED" >&2; exit 2; }
-model=$1 data=$2 F=$3 seed=$4
+[ $# = 5 ] || { echo "usage: sh docs/real_model.sh MODEL asdiv.jsonl FOLDER SEED DTYPE" >&2; exit 2; }
+model=$1 data=$2 F=$3 seed=$4 dtype=$5
 
 make() { # file, command: the command, unless the file is there
   [ -e "$1" ] || { shift; python "$@"; }
@@ -16,7 +16,7 @@ make() { # file, command: the command, unless the file is there
 train() { # name, flags: the run folder FOLDER/name; one that has been evaluated is finished
   name=$1
   shift
-  make "$F/$name.json" "$@" --out "$F/$name" --seed "$seed" --resume
+  make "$F/$name.json" "$@" --out "$F/$name" --seed "$seed" --dtype "$dtype" --save-every 10 --resume
 }
 longer() { # name, finished run, flags: a copy of the run, trained on
   [ -e "$F/$1" ] || { rm -rf "$F/$1.part"; cp -r "$F/$2" "$F/$1.part"; mv "$F/$1.part" "$F/$1"; }
@@ -24,14 +24,18 @@ longer() { # name, finished run, flags: a copy of the run, trained on
   shift 2
   train "$name" "$@"
 }
+sample() { # file that is there at the end, model, problem file, flags
+  file=$1 from=$2 problems=$3
+  shift 3
+  make "$file" sample.py --model "$from" --data "$problems" --seed "$seed" --dtype "$dtype" --show 0 "$@"
+}
 greedy() { # name, model folder: greedy answers to the test problems
-  make "$F/$1.json" sample.py --model "$2" --data "$F/test.jsonl" --max-new-tokens 400 --show 0 \
-    --out "$F/$1.test.jsonl" --report "$F/$1.json"
+  sample "$F/$1.json" "$2" "$F/test.jsonl" --max-new-tokens 400 --out "$F/$1.test.jsonl" --report "$F/$1.json"
 }
 evaluate() { # name, model folder: greedy answers and sampled ones
   greedy "$1" "$2"
-  make "$F/$1.sampled.json" sample.py --model "$2" --data "$F/test.jsonl" --max-new-tokens 400 --show 0 \
-    --temperature 0.7 --seed "$seed" --out "$F/$1.sampled.jsonl" --report "$F/$1.sampled.json"
+  sample "$F/$1.sampled.json" "$2" "$F/test.jsonl" --max-new-tokens 400 --temperature 0.7 \
+    --out "$F/$1.sampled.jsonl" --report "$F/$1.sampled.json"
 }
 sft="train_sft.py --lr 1e-4 --batch-size 16 --max-length 1024 --tokens-per-microbatch 2048"
 rl="train_rl.py --problems 16 --rollouts 4 --updates 1 --beta 0.01 --lr 2e-5 --steps 24 --max-new-tokens 400
@@ -48,19 +52,19 @@ cat "$F/sft.jsonl" "$F/arithmetic.jsonl" > "$F/warm.jsonl"
 train warm $sft --model "$model" --data "$F/warm.jsonl" --kl 0 --epochs 2
 evaluate warm "$F/warm"
 
-# Stage 0: five samples per problem, checks by the rule, trajectories. Stage 1: SFT.
-make "$F/samples.jsonl" sample.py --model "$F/warm" --data "$F/sft.jsonl" --n 5 --temperature 0.7 --max-new-tokens 128 \
-  --seed "$seed" --show 0 --out "$F/samples.jsonl"
+# Stage 0: five samples per problem, checks by the rule, trajectories. Stage 1: SFT, the calculations among them.
+sample "$F/samples.jsonl" "$F/warm" "$F/sft.jsonl" --n 5 --temperature 0.7 --max-new-tokens 128 --out "$F/samples.jsonl"
 make "$F/trajectories.jsonl" -m s2r.stage0.verifications --rollouts "$F/samples.jsonl" --out "$F/checks.jsonl" \
   --by formula --data "$F/sft.jsonl"
 make "$F/trajectories.jsonl" -m s2r.stage0.build --rollouts "$F/samples.jsonl" --verifications "$F/checks.jsonl" \
   --seed "$seed" --keep 1 1 1 1 --out "$F/trajectories.jsonl"
-train sft $sft --model "$F/warm" --data "$F/trajectories.jsonl" --kl 0.01 --epochs 3
+cat "$F/trajectories.jsonl" "$F/arithmetic.jsonl" > "$F/stage1.jsonl"
+train sft $sft --model "$F/warm" --data "$F/stage1.jsonl" --kl 0.01 --epochs 2
 evaluate sft "$F/sft"
 
 # Stage 2: on problems that no stage has seen, without those that the warm-up model never solves.
-make "$F/rl.samples.jsonl" sample.py --model "$F/warm" --data "$F/rl.jsonl" --n 5 --temperature 0.7 --max-new-tokens 128 \
-  --seed "$seed" --show 0 --out "$F/rl.samples.jsonl"
+sample "$F/rl.samples.jsonl" "$F/warm" "$F/rl.jsonl" --n 5 --temperature 0.7 --max-new-tokens 128 \
+  --out "$F/rl.samples.jsonl"
 make "$F/rl.selected.jsonl" -m s2r.stage0.select --rollouts "$F/rl.samples.jsonl" --out "$F/rl.selected.jsonl" \
   --accuracy 0.1 1.0
 for level in outcome process; do
@@ -71,10 +75,10 @@ done
 # Controls, each with at least as many updates as the models that it stands beside: the runs above, continued.
 longer warm-plus warm $sft --model "$model" --data "$F/warm.jsonl" --kl 0 --epochs 5
 evaluate warm-plus "$F/warm-plus"
-longer sft-plus sft $sft --model "$F/warm" --data "$F/trajectories.jsonl" --kl 0.01 --epochs 5
+longer sft-plus sft $sft --model "$F/warm" --data "$F/stage1.jsonl" --kl 0.01 --epochs 3
 evaluate sft-plus "$F/sft-plus"
-make "$F/votes.json" sample.py --model "$F/warm" --data "$F/test.jsonl" --n 16 --temperature 0.7 --max-new-tokens 128 \
-  --seed "$seed" --show 0 --out "$F/votes.jsonl" --report "$F/votes.json"
+sample "$F/votes.json" "$F/warm" "$F/test.jsonl" --n 16 --temperature 0.7 --max-new-tokens 128 \
+  --out "$F/votes.jsonl" --report "$F/votes.json"
 
 python -m s2r.stage0.audit "$F/sft.test.jsonl" "$F/sft-plus.test.jsonl" "$F/rl-outcome.test.jsonl" \
   "$F/rl-process.test.jsonl"

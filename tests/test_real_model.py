@@ -40,7 +40,7 @@ def run(tmp_path, monkeypatch):
     def run(kill_at: int = 0, folder: str = "a folder") -> tuple[int, list[list[str]]]:
         """Status of the script and the commands that it ran."""
         Path("log").unlink(missing_ok=True)
-        command = ["sh", str(ROOT / "docs" / "real_model.sh"), "MODEL", "asdiv.jsonl", folder, "7"]
+        command = ["sh", str(ROOT / "docs" / "real_model.sh"), "MODEL", "asdiv.jsonl", folder, "7", "bfloat16"]
         status = subprocess.run(command, env=os.environ | {"KILL_AT": str(kill_at)}).returncode
         return status, [json.loads(line) for line in Path("log").read_text().splitlines()]
 
