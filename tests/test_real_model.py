@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from conftest import ROOT
 from test_docs import module
 
 from s2r.run.flags import from_command_line
+from s2r.view.report import table
 
 # Stands in for python: records the words, makes what the command would make, and ends like a killed one when told to.
 STUB = """
@@ -76,3 +78,15 @@ def test_a_killed_run_goes_on_with_the_command_that_was_killed(run):
 def test_usage(run):
     done = subprocess.run(["sh", str(ROOT / "docs" / "real_model.sh")], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("usage:")
+
+
+def test_the_tables_of_the_page_are_what_the_kept_reports_give():
+    names = "base warm warm-plus sft sft-plus rl-outcome rl-process".split()
+    page = (ROOT / "docs" / "real_model.md").read_text(encoding="utf-8")
+    tables = re.findall(r"^\| seed 0 \| final.*\n.*\n((?:\|.*\n)+)", page, re.MULTILINE)
+    for kind, models, lines in zip(("", ".sampled"), (names, names[1:]), tables, strict=True):
+        for name, line in zip(models, lines.splitlines(), strict=True):
+            report = json.loads((ROOT / "docs" / "real" / "seed-0" / f"{name}{kind}.json").read_text())
+            cells = re.split(" {2,}", table({name: report}).splitlines()[1])
+            del cells[7]  # CP, which the page leaves out
+            assert line.replace("± ", "±").strip("| ").split(" | ")[1:] == cells[1:], name
