@@ -348,7 +348,8 @@ class _TritonHead(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if for_hidden else None
         total = torch.zeros_like(hidden, dtype=torch.float32) if for_hidden else None
         width = min(max(SLAB_BYTES // (max(T, 1) * hidden.itemsize) // block, 1), triton.cdiv(V, block)) * block
-        buffer = torch.empty(T, width, dtype=hidden.dtype, device=hidden.device)
+        # zeros: where V ends inside a row of it, a CPU's matmul may multiply what lies behind by 0, and 0·NaN is NaN.
+        buffer = torch.zeros(T, width, dtype=hidden.dtype, device=hidden.device)
         for first in range(0, V, width):
             slab = slice(first, min(first + width, V))
             grad_z = buffer[:, : slab.stop - first]  # (T, entries of this slab)
