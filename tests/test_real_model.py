@@ -6,13 +6,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean
 
 import pytest
 from conftest import ROOT
 from test_docs import module
 
 from s2r.run.flags import from_command_line
-from s2r.view.report import table
+from s2r.view.report import COLUMNS, mcnemar, table
 
 # Stands in for python: records the words, makes what the command would make, and ends like a killed one when told to.
 STUB = """
@@ -80,13 +81,61 @@ def test_usage(run):
     assert done.returncode == 2 and done.stderr.startswith("usage:")
 
 
+MODELS = {
+    "base": "after practice",
+    "warm": "warm-up",
+    "warm-plus": "warm-up, 5 epochs (control)",
+    "sft": "+ SFT",
+    "sft-plus": "+ SFT, 3 epochs (control)",
+    "rl-outcome": "+ SFT + outcome-level RL",
+    "rl-process": "+ SFT + process-level RL",
+}
+DIFFERENCES = {
+    "SFT against its own first attempts": ("sft", "sft"),
+    "SFT against more warm-up": ("warm-plus", "sft"),
+    "outcome level against SFT": ("sft", "rl-outcome"),
+    "outcome level against more SFT": ("sft-plus", "rl-outcome"),
+    "process level against SFT": ("sft", "rl-process"),
+    "process level against more SFT": ("sft-plus", "rl-process"),
+    "process level against outcome level": ("rl-outcome", "rl-process"),
+}
+
+
+def model_row(name: str, seeds: list[dict]) -> str:
+    """A line of the page's first two tables: means over the seeds, and the accuracy of each."""
+    values = {key: [one[key] for one in seeds] for key in COLUMNS}
+    means = {key: None if None in value else mean(value) for key, value in values.items()}
+    accuracy, *cells = re.split(" {2,}", table({"": means | {"by_level": {}}}).splitlines()[1].strip())
+    del cells[5]  # CP, which the page leaves out
+    each = ", ".join(f"{100 * value:.1f}" for value in values["accuracy"])
+    return f"| {MODELS[name]} | {accuracy} ({each}) | {' | '.join(cells)} |"
+
+
+def difference(before: dict, after: dict) -> str:
+    """A cell of the last table, one seed: the difference, problems gained and lost, p of McNemar's test."""
+    if before is after:  # its last answers against its first ones
+        n, first = after["responses"], after["first_accuracy"]
+        gained, lost = round(after["icr"] * (1 - first) * n), round(after["cir"] * first * n)
+        gained, lost, p = mcnemar("1" * gained + "0" * lost, "0" * gained + "1" * lost)
+    else:
+        gained, lost, p = mcnemar(after["right"], before["right"])
+    return f"{100 * (gained - lost) / after['responses']:+.1f} ({gained}, {lost}, {p:.2g})"
+
+
+def expected_rows() -> list[str]:
+    folders = sorted((ROOT / "docs" / "real").glob("seed-*"))
+    rows, cells = [], {text: [text] for text in DIFFERENCES}
+    for kind in ("", ".sampled"):
+        names = [name for name in MODELS if not kind or name != "base"]
+        seeds = [{name: json.loads((folder / f"{name}{kind}.json").read_text()) for name in names} for folder in folders]
+        rows += [model_row(name, [reports[name] for reports in seeds]) for name in names]
+        for text, (before, after) in DIFFERENCES.items():
+            cells[text] += [difference(reports[before], reports[after]) for reports in seeds]
+    return rows + [f"| {' | '.join(row)} |" for row in cells.values()]
+
+
 def test_the_tables_of_the_page_are_what_the_kept_reports_give():
-    names = "base warm warm-plus sft sft-plus rl-outcome rl-process".split()
     page = (ROOT / "docs" / "real_model.md").read_text(encoding="utf-8")
-    tables = re.findall(r"^\| seed 0 \| final.*\n.*\n((?:\|.*\n)+)", page, re.MULTILINE)
-    for kind, models, lines in zip(("", ".sampled"), (names, names[1:]), tables, strict=True):
-        for name, line in zip(models, lines.splitlines(), strict=True):
-            report = json.loads((ROOT / "docs" / "real" / "seed-0" / f"{name}{kind}.json").read_text())
-            cells = re.split(" {2,}", table({name: report}).splitlines()[1])
-            del cells[7]  # CP, which the page leaves out
-            assert line.replace("± ", "±").strip("| ").split(" | ")[1:] == cells[1:], name
+    result = page[page.index("## Result") : page.index("## The checks")]
+    rows = [line for line in result.splitlines() if line.startswith("| ") and not line.startswith("| seeds")]
+    assert rows == expected_rows()
