@@ -76,10 +76,11 @@ def over_seeds(rows: dict[str, list[dict]]) -> None:
     print(table({name: _merged(reports) for name, reports in rows.items()}))
     for (name, before), (other, after) in pairwise(rows.items()):
         gain, half = interval([100 * (y["accuracy"] - x["accuracy"]) for x, y in zip(before, after)])
-        tests = [mcnemar(y["right"], x["right"]) for x, y in zip(before, after) if _paired(x, y)]
-        by_seed = "; ".join(f"{gained}, {lost}, {p:.2g}" for gained, lost, p in tests)
-        found = f"accuracy {gain:+.1f} ± {half:.1f} over {len(before)} seeds"
-        print(f"{other} against {name}: {found}" + (f" (gained, lost, p: {by_seed})" if tests else ""))
+        found = f"{other} against {name}: accuracy {gain:+.1f} ± {half:.1f} over {len(before)} seeds"
+        if all(map(_paired, before, after)):
+            tests = (mcnemar(y["right"], x["right"]) for x, y in zip(before, after))
+            found += f" (gained, lost, p: {'; '.join(f'{gained}, {lost}, {p:.2g}' for gained, lost, p in tests)})"
+        print(found)
 
 
 def _merged(values: list):
