@@ -422,18 +422,10 @@ def _decode_kernel(
     acc = tl.zeros((BLOCK_H, BLOCK_E), tl.float32)
     m = tl.full((BLOCK_H,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_H,), tl.float32)
-    for first in range(low, high, BLOCK_K):
-        keys = first + tl.arange(0, BLOCK_K)  # (BLOCK_K,)
-        k_tile = _load_tile(k, stride_kc, keys, high, columns, E, BLOCK_E, True)  # (BLOCK_K, BLOCK_E), as v_tile
-        s = tl.dot(q_tile, tl.trans(k_tile), input_precision="tf32x3") * scale_2
-        s = tl.where((keys < high)[None, :], s, -float("inf"))  # (BLOCK_H, BLOCK_K)
-        m_new = tl.maximum(m, tl.max(s, 1))
-        p = tl.exp2(s - m_new[:, None])
-        shrink = tl.exp2(m - m_new)
-        total = total * shrink + tl.sum(p, 1)
-        v_tile = _load_tile(v, stride_vc, keys, high, columns, E, BLOCK_E, True)
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision="tf32x3")
-        m = m_new
+    acc, m, total = _attend(  # a new token sees all keys, as if it stood at the last of them
+        acc, m, total, q_tile, k, v, stride_kc, stride_vc, low, high, high, high - 1 + 0 * heads, columns,
+        scale_2, E, BLOCK_E, BLOCK_K, True,
+    )  # fmt: skip
     if SPLITS == 1:
         at = out + row_head[:, None] * E + columns[None, :]
         tl.store(at, (acc / total[:, None]).to(out.dtype.element_ty), mask=kept)
