@@ -93,8 +93,7 @@ def main(cfg: Config) -> None:
         clock = loop.Clock()
         # 1. Sample M responses to each of N problems from the current policy; judge them (offline: draw from the file).
         trajectories = collect(step)
-        if run.end_step(model, optimizer, step - 1, stop):  # a signal cut the sampling short: drop this step
-            break
+        run.end_step(model, optimizer, step - 1, stop)  # exits if a signal cut the sampling short: drops this step
         clock.lap("rollout")
 
         # 2. Give each span its reward and baseline: the whole trajectory, or each of its actions.
@@ -138,8 +137,7 @@ def main(cfg: Config) -> None:
         if cfg.show_every and step % cfg.show_every == 0 and run.first:
             print(show(trajectories[0]), end="\n\n")
         sampler.evaluate(run, step)
-        if run.end_step(model, optimizer, step, stop):
-            break
+        run.end_step(model, optimizer, step, stop)
 
 
 def check_settings(cfg: Config) -> None:

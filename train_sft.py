@@ -104,8 +104,7 @@ def main(cfg: Config) -> None:
         row = {"step": step, "nll": nll, "kl": kl, "grad_norm": norm, "lr": lr, "tokens": read}
         run.log(row | {"tokens_per_second": read / (time.perf_counter() - start)})
         sampler.evaluate(run, step)
-        if run.end_step(model, optimizer, step, stop):
-            break
+        run.end_step(model, optimizer, step, stop)
 
 
 if __name__ == "__main__":

@@ -140,12 +140,12 @@ def test_killed_at_any_moment_and_resumed_is_as_in_one_go(folder, whole, tmp_pat
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_signal_to_one_process_ends_all_at_the_same_step(name, ranks, folder, whole, tmp_path):
-    """Exit status 0 and a checkpoint of the last whole step; resumed, the run is as in one go."""
+    """Exit status 1 and a checkpoint of the last whole step; resumed, the run is as in one go."""
     out = tmp_path / "out"
     started = launch(name, ranks, folder, out, save_every=99)
     await_rows(out, 2, started)
     os.kill(started[-1].pid, signal.SIGTERM)
-    assert finish(started) == [0] * ranks
+    assert finish(started) == [1] * ranks
     (checkpoint,) = out.glob("step-*")
     assert checkpoint.name == f"step-{len(log(out))}"
     assert finish(launch(name, ranks, folder, out, save_every=99, resume=True)) == [0] * ranks

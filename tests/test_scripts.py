@@ -321,7 +321,7 @@ def test_resume_may_make_a_copied_run_longer(name, more, fewer, world, tmp_path)
 
 
 def test_signal_while_sampling_gives_the_step_up(world, tmp_path, monkeypatch, capsys, handlers):
-    """The rollouts of step 3 are not waited for: step 2 is saved, main returns, and resumed it is as in one go."""
+    """The rollouts of step 3 are not waited for: step 2 is saved, the script exits, and resumed it is as in one go."""
     settings = RL | {"model": world.sft, "data": world.problems, "save_every": 99}
     train_rl.main(train_rl.Config(out=str(tmp_path / "whole"), **settings))
     found = []
@@ -333,7 +333,8 @@ def test_signal_while_sampling_gives_the_step_up(world, tmp_path, monkeypatch, c
         return found[-1]
 
     monkeypatch.setattr(loop, "roll_out", interrupted)
-    train_rl.main(train_rl.Config(out=str(tmp_path / "halves"), **settings))
+    with pytest.raises(SystemExit, match="1"):
+        train_rl.main(train_rl.Config(out=str(tmp_path / "halves"), **settings))
     assert [len(rollouts) for rollouts in found] == [16, 16, 0]
     assert capsys.readouterr().out.endswith("stopped by a signal; 2 steps are done, --resume continues from there\n")
     assert [file.name for file in (tmp_path / "halves").glob("step-*")] == ["step-2"]

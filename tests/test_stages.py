@@ -94,8 +94,8 @@ def test_a_stage_has_one_thread_and_its_lines_its_name(tmp_path, capfd):
 
 
 def test_make_begins_no_stage_after_ctrl_c(tmp_path):
-    """A training script that is interrupted saves a checkpoint and exits with status 0: it is not complete."""
-    train = ("import os, signal; signal.signal(signal.SIGINT, lambda *_: os._exit(0))\n"
+    """A training script that is interrupted saves a checkpoint and exits with status 1: it is not complete."""
+    train = ("import os, signal; signal.signal(signal.SIGINT, lambda *_: os._exit(1))\n"
              f"os.mkdir({str(tmp_path / 'run')!r}); signal.pause()")
     stages = [Stage(str(tmp_path / "run"), ("-c", train), ()), copy(tmp_path, "after", "run")]
     script = f"from s2r.run.stages import Stage, make; make({stages!r}, 2)"

@@ -9,7 +9,6 @@
 # NAME, FLAGS: RL with the toy's settings and these flags, from the SFT model of each seed; greedy answers to its test
 # problems. The reports go to docs/forks/seed-N/NAME.json, with what s2r.toy.findings adds. What is made is not made again.
 set -eu
-trap 'exit 130' INT TERM # a training script that is asked to stop saves and exits with status 0
 [ $# -gt 0 ] || { echo "usage: sh docs/forks/run.sh NAME FLAGS…" >&2; exit 2; }
 name=$1
 shift

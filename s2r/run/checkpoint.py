@@ -113,16 +113,15 @@ class Run:
                 words.append(f"{key} {'–' if value is None else shown}")
         print("  ".join(words), flush=True)
 
-    def end_step(self, model: Transformer, optimizer: torch.optim.Optimizer, step: int, stop) -> bool:
-        """Save if it is time to. If a signal asks to stop after `step` steps, save in any case and return True."""
-        if step % self.cfg.save_every == 0 or step == self.steps:
+    def end_step(self, model: Transformer, optimizer: torch.optim.Optimizer, step: int, stop) -> None:
+        """Save if it is time to. If a signal asks to stop before the last step, save in any case and exit, status 1."""
+        asked = step < self.steps and stop.agreed()
+        if asked or step % self.cfg.save_every == 0 or step == self.steps:
             self.save(model, optimizer, step)
-        if not stop.agreed():
-            return False
-        self.save(model, optimizer, step)
-        if self.first:
-            print(f"stopped by a signal; {step} steps are done, --resume continues from there", flush=True)
-        return True
+        if asked:
+            if self.first:
+                print(f"stopped by a signal; {step} steps are done, --resume continues from there", flush=True)
+            sys.exit(1)  # not 0: the next command of a script would take the run for complete
 
     def save(self, model: Transformer, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Checkpoint after `step` steps. Raises OSError when it cannot be written; the one before is untouched."""

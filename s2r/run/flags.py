@@ -78,8 +78,11 @@ def start(main: Callable, config: type) -> None:
     Such an error is a ValueError raised in this repository, an OSError from anywhere, which names the file, or a
     package that is not installed. Out of memory is one line too, with the flags that take less.
     """
+    status = 0
     try:
         main(from_command_line(config))
+    except SystemExit as ended:  # a run that a signal stopped, --help, a wrong flag
+        status = ended.code
     except (ValueError, OSError, ModuleNotFoundError) as error:
         file = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
         ours = file.parent == ROOT or any(file.is_relative_to(ROOT / room) for room in ("s2r", "kernels"))
@@ -103,4 +106,6 @@ def start(main: Callable, config: type) -> None:
         # process (github.com/pytorch/pytorch/pull/179291). All is written: leave without shutting down.
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(status)
+    if status:
+        sys.exit(status)
