@@ -86,7 +86,8 @@ def _asdiv(row: dict) -> dict:
 
 
 def _svamp(row: dict) -> dict:
-    return {"problem": f"{row['Body']}\n{row['Question']}", "answer": row["Answer"], "formula": row.get("Equation")}
+    problem, formula = f"{row['Body']}\n{row['Question']}", row.get("Equation")
+    return {"problem": problem, "answer": row["Answer"], "formula": formula and f"{formula}={row['Answer']}"}
 
 
 def _choice(row: dict) -> dict:

@@ -37,4 +37,13 @@ def test_command_marks_sound_checks_and_counts_true_verdicts(tmp_path, capsys):
     write_jsonl(tmp_path / "r.jsonl", rows)
     audit([str(tmp_path / "r.jsonl")], toy_fault)
     assert [row["actions"][1]["sound"] for row in read_jsonl(tmp_path / "r.jsonl")] == [True, False]
-    assert "2 checks with a true verdict, sound: 50.0 %" in capsys.readouterr().out
+    assert capsys.readouterr().out.splitlines() == [
+        f"{tmp_path}/r.jsonl: checks with a true verdict that are sound: 50.0 % of 2",
+        '  "correct": 50.0 % of 2', '  "incorrect": none', "  check 1: 50.0 % of 2  1 other signs than the answer's"]  # fmt: skip
+
+
+def test_command_goes_on_after_a_model_without_checks(tmp_path, capsys):
+    write_jsonl(tmp_path / "r.jsonl", [{"unique_id": "0", "problem": PROBLEM, "answer": "plus minus", "finished": True,
+        "text": "plus", "actions": [{"kind": "solve", "answer": None, "reward": -1}]}])  # fmt: skip
+    audit([str(tmp_path / "r.jsonl")] * 2, toy_fault)
+    assert capsys.readouterr().out.count("checks with a true verdict that are sound: none\n") == 2

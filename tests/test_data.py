@@ -120,7 +120,7 @@ PUBLISHED = [  # a row of each set as published; the problem, the gold answer an
       "formula": "7+2=9"}, "Seven apples and two apples.\nHow many?", "9", "7+2=9"),
     ({"body": "b", "question": "q", "answer": "-(1/3)", "formula": "f"}, "b\nq", "-(1/3)", "f"),
     ({"Body": "Ed has 8.", "Question": "And now?", "Answer": 5.0, "Equation": "( 8.0 - 3.0 )", "Type": "Subtraction"},
-     "Ed has 8.\nAnd now?", "5", "( 8.0 - 3.0 )"),
+     "Ed has 8.\nAnd now?", "5", "( 8.0 - 3.0 )=5.0"),
     ({"input": "Ed has 8. And now?", "target": "5.5"}, "Ed has 8. And now?", "5.5", None),
     ({"question": "Which?", "choices": ["21", "22"], "answer": 1, "subject": "algebra"}, OPTIONS, "B", None),  # MMLU-STEM
     ({"question": "Which?", "options": [21, 22], "answer": "B", "answer_index": 1}, OPTIONS, "B", None),  # MMLU-Pro

@@ -58,8 +58,12 @@ def test_reports_of_one_name_are_one_model_over_seeds(tmp_path, capsys):
     assert base.split()[:3] == ["base", "50.0", "±0.0"] and sft.split()[:3] == ["sft", "75.0", "±62.1"]
     tests = "(gained, lost, p: 0, 0, 1; 1, 0, 1; 2, 0, 0.5)"
     assert difference == f"sft against base: accuracy +25.0 ± 62.1 over 3 seeds {tests}"
-    with pytest.raises(ValueError, match="base 3, sft 2: not the same number of reports"):
-        main(Config(tuple(map(str, paths[:-1]))))
+    (again := tmp_path / "again" / "0").mkdir(parents=True)
+    (again / "base.json").write_text(paths[0].read_text())
+    one_missing, other_seeds, other_order = paths[:-1], [*paths[:3], paths[5]], [paths[0], paths[2], paths[3], paths[1]]
+    for wrong in (one_missing, other_seeds, other_order, [*paths, again / "base.json"]):
+        with pytest.raises(ValueError, match="^base of .*; sft of .*: give one report of each model and seed"):
+            main(Config(tuple(map(str, wrong))))
 
 
 def test_report_refuses_what_is_not_one(tmp_path):

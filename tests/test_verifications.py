@@ -217,6 +217,7 @@ def test_command_with_a_local_model_runs_through_our_sampler(tmp_path, capsys):
 
 @pytest.mark.parametrize("flags, words", [
     ({}, "give --model, or --api-base"), ({"api_base": "http://x"}, "with --api-model"),
+    ({"api_base": "localhost:8000/v1", "api_model": "m"}, "localhost:8000/v1: no address; it begins with http"),
     ({"model": "m", "api_base": "http://x", "api_model": "m"}, "give --model, or"),
 ])  # fmt: skip
 def test_command_wants_one_source(tmp_path, flags, words):

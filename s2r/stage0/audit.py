@@ -5,12 +5,12 @@
 
 A verify is rewarded for its verdict, so it can be right by luck. Checks that follow a rule can be read: every calculation
 in them has to be true, what is compared has to follow from the answer just given, and the verdict has to follow. The
-commands add `"sound": bool` to every verify action of the files, and print the fraction of true verdicts that are sound, for
-first checks, second ones, and so on, and the first fault of the others.
+commands add `"sound": bool` to every verify action of the files, and print the fraction of true verdicts that are sound: in
+all, by verdict, and for first checks, second ones, and so on, with the first fault of the others.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from s2r.data import write_jsonl
@@ -45,18 +45,23 @@ def mark(rows: list[dict], fault: Fault) -> dict[int, Counter]:
 
 
 def audit(rollouts: Sequence[str], fault: Fault) -> None:
-    """Mark these rollout files and print what was found. Raises ValueError for one without a true verdict."""
+    """Mark these rollout files and print what was found."""
     for path in rollouts:
         rows = read_rollouts(path)
         faults = mark(rows, fault)
         write_jsonl(path, rows)
-        total = sum(faults.values(), Counter())
-        if not total:
-            raise ValueError(f"{path}: no check with a true verdict; give rollouts of a model that checks itself")
-        print(f"{path}: {total.total()} checks with a true verdict, sound: {100 * total[''] / total.total():.1f} %")
+        true = [action for row in rows for action in row["actions"] if action["kind"] == "verify" and action["reward"] > 0]
+        print(f"{path}: checks with a true verdict that are sound: {_fraction(a['sound'] for a in true)}")
+        for verdict in ("correct", "incorrect"):
+            print(f'  "{verdict}": {_fraction(a["sound"] for a in true if a["verdict"] == verdict)}')
         for number, count in sorted(faults.items()):
             others = ", ".join(f"{n} {what}" for what, n in count.most_common() if what)
-            print(f"  check {number}: {100 * count[''] / count.total():.1f} % of {count.total()}  {others}")
+            print(f"  check {number}: {_fraction(not what for what in count.elements())}  {others}")
+
+
+def _fraction(values: Iterable[bool]) -> str:
+    values = list(values)
+    return f"{100 * sum(values) / len(values):.1f} % of {len(values)}" if values else "none"
 
 
 @dataclass(frozen=True)

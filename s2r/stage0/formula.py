@@ -109,7 +109,7 @@ def _step(a: Fraction, sign: str, b: Fraction) -> str:
 def verify(problem: Problem, answer: str) -> str | None:
     """A check of this answer, with its verdict; None where the rule has none.
 
-    That is: no formula, one that does not give the gold answer, or an answer that is not a number of 0 to 4 decimals.
+    That is: no formula, one that does not give the gold answer, or a number, the answer included, of over 4 decimals.
     """
     tree = parse(problem.formula or "")
     said = re.fullmatch(r"\$?(\d{1,12}|\d{1,3}(?:,\d{3}){1,3})(\.\d{1,4})?", answer.strip(), re.ASCII)
@@ -126,7 +126,7 @@ def verify(problem: Problem, answer: str) -> str | None:
             steps += forwards(other)
             if number(by) is None:
                 return None
-            if sign == "×" and number(x / by) is None:  # 15 ÷ 4 leaves 3
+            if sign == "×" and number(x / by) is None:  # 14 ÷ 3 has no end, 1 ÷ 32 five decimals
                 end = f"{number(x)} ÷ {number(by)} does not come out even, so it cannot be"
             elif sign == "+" and x < by:
                 end = f"{number(x)} is less than {number(by)}, so it cannot be"
@@ -146,9 +146,10 @@ def verify(problem: Problem, answer: str) -> str | None:
 
 
 def fault(problem: str, answer: str | None, check: str) -> str:
-    """The first fault of a check like those of `verify`; "" if it is sound. It may undo other steps than the formula's.
+    """The first fault of a check like those of `verify`; "" if it is sound.
 
-    "It should be 53" is taken on trust, because only the formula tells.
+    The formula is not known here. So "it should be 53" is taken on trust, and a check that undoes other steps than the
+    formula's is sound as well: in one that accepts this is unlikely, in one that rejects it is not.
     """
     said = re.search(NUMBER, check)
     if not said or answer is None or not equivalent(said[0], answer):
@@ -211,6 +212,8 @@ def main(cfg: Config) -> None:
             part = ("sft", "sft", "rl", "rl", "test")[zlib.crc32(problem.problem.encode()) % 5]
             parts[part].append(asdict(replace(problem, solution=text)))
     print(f"{len(problems):7,}  problems, {sum(map(len, parts.values())):,} with a formula that can be undone")
+    if not all(parts.values()):
+        raise ValueError(f"{cfg.data}: a part would be empty; give more problems with formulas, or a higher --steps")
     for name, rows in parts.items():
         write_jsonl(Path(cfg.folder) / f"{name}.jsonl", rows)
         print(f"{len(rows):7,}  {name}")

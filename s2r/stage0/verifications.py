@@ -138,8 +138,10 @@ def local_model(cfg: Config, todo: Sequence[dict], ranks: Ranks, dtype: torch.dt
 
 
 def rule(cfg: Config, todo: Sequence[dict]) -> Verified:
-    """The formulas of --data, undone. Raises ValueError as `load_problems` does."""
+    """The formulas of --data, undone. Raises ValueError as `load_problems` does, and for other problems."""
     problems = {(problem.unique_id, problem.problem): problem for problem in load_problems(cfg.data)}
+    if not any((row["unique_id"], row["problem"]) in problems for row in todo):
+        raise ValueError(f"{cfg.data}: has none of the problems of {cfg.rollouts}; give the file that was sampled from")
     for row in todo:
         problem = problems.get((row["unique_id"], row["problem"]))
         if problem and (text := formula.verify(problem, row["answer"])):
@@ -195,6 +197,8 @@ def main(cfg: Config) -> None:
     given = [bool(cfg.model), bool(cfg.api_base), cfg.by == "formula"]
     if sum(given) != 1 or bool(cfg.api_base) != bool(cfg.api_model) or given[2] != bool(cfg.data):
         raise ValueError("give --model, or --api-base with --api-model, or --by formula with --data")
+    if cfg.api_base and not cfg.api_base.startswith(("http://", "https://")):
+        raise ValueError(f"--api-base {cfg.api_base}: no address; it begins with http:// or https://")
     if not cfg.model and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("torchrun is for --model; start the command without it")
     check_output(cfg.out)
@@ -203,11 +207,12 @@ def main(cfg: Config) -> None:
     if not todo:
         return
     if cfg.by == "formula":
-        verified = rule(cfg, todo)
+        verified, why = rule(cfg, todo), "that the rule cannot check"
     elif cfg.model:
-        verified = local_model(cfg, todo, ranks, dtype)
+        verified, why = local_model(cfg, todo, ranks, dtype), "whose question is too long for the model's context"
     else:
         verified = endpoint(cfg, todo, os.environ.get(cfg.api_key_variable))
+        why = "without a reply; run the same command to ask again"
     written = 0
     # No bar before an error about flags.
     for row, text in tqdm(verified, total=len(todo) // ranks.size, unit=" answers", delay=1, disable=ranks.rank > 0):
@@ -221,7 +226,6 @@ def main(cfg: Config) -> None:
         return
     print(f"{written:7,}  verifications written")
     if written < len(todo):
-        why = "that the rule cannot check" if cfg.by == "formula" else "without a reply; run the same command to ask again"
         print(f"{len(todo) - written:7,}  {why}")
 
 

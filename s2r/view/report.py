@@ -12,7 +12,8 @@ on the same file with one response per problem:
     after SFT against base: 12 problems gained, 3 lost, p = 0.035 (McNemar's test)
 
 Reports of one name in different folders, such as seed-0/sft.json and seed-1/sft.json, are one model over several seeds: one
-line, each number mean ± half of the 95 % interval. Then the lines below are mean differences, and the test for each seed:
+line, each number mean ± half of the 95 % interval. Then the lines below are mean differences, and the test for each seed. The
+folder's name tells the seed, so give the same ones in the same order for each model:
 
     sft against base: accuracy +9.4 ± 6.2 over 3 seeds (gained, lost, p: 12, 3, 0.035; 9, 4, 0.27; 11, 1, 0.0063)
 
@@ -50,11 +51,14 @@ def main(cfg: Config) -> None:
         if not isinstance(report, dict) or "by_level" not in report:
             raise ValueError(f"{path}: no report there; give a file that sample.py --report wrote")
         rows[path.removesuffix(".json")] = report
-    seeds = defaultdict(list)
+    seeds = defaultdict(dict)
     for path, report in rows.items():
-        seeds[Path(path).name].append(report)
+        seeds[Path(path).name][Path(path).parent.name] = report
     if max(map(len, seeds.values())) > 1:
-        return over_seeds(seeds)
+        if len(set(map(tuple, seeds.values()))) > 1 or sum(map(len, seeds.values())) < len(rows):
+            counts = "; ".join(f"{name} of {', '.join(folders)}" for name, folders in seeds.items())
+            raise ValueError(f"{counts}: give one report of each model and seed, the same seeds in the same order")
+        return over_seeds({name: list(reports.values()) for name, reports in seeds.items()})
     print(table(rows))
     for (name, before), (other, after) in pairwise(rows.items()):
         if _paired(before, after):
@@ -70,9 +74,6 @@ def _paired(before: dict, after: dict) -> bool:
 
 def over_seeds(rows: dict[str, list[dict]]) -> None:
     """Prints the table of models with several reports each, one per seed, in the same order of seeds."""
-    if len({len(reports) for reports in rows.values()}) > 1:
-        counts = ", ".join(f"{name} {len(reports)}" for name, reports in rows.items())
-        raise ValueError(f"{counts}: not the same number of reports for each; give those of the same seeds")
     print(table({name: _merged(reports) for name, reports in rows.items()}))
     for (name, before), (other, after) in pairwise(rows.items()):
         gain, half = interval([100 * (y["accuracy"] - x["accuracy"]) for x, y in zip(before, after)])
