@@ -6,7 +6,6 @@
 # MODEL is the Hugging Face folder of a small instruct model; everything goes to FOLDER. DTYPE: float32 or bfloat16.
 # What is made is not made again: to resume, give the same command again.
 set -eu
-trap 'exit 130' INT TERM # a training script that is asked to stop saves and exits with status 0
 [ $# = 5 ] || { echo "usage: sh docs/real_model.sh MODEL asdiv.jsonl FOLDER SEED DTYPE" >&2; exit 2; }
 model=$1 data=$2 F=$3 seed=$4 dtype=$5
 
@@ -82,8 +81,9 @@ sample "$F/votes.json" "$F/warm" "$F/test.jsonl" --n 16 --temperature 0.7 --max-
 
 python -m s2r.stage0.audit "$F/sft.test.jsonl" "$F/sft-plus.test.jsonl" "$F/rl-outcome.test.jsonl" \
   "$F/rl-process.test.jsonl"
+python -m s2r.view.report "$F/base.json"
 for kind in "" .sampled; do
-  python -m s2r.view.report "$F/base.json" "$F/warm$kind.json" "$F/warm-plus$kind.json" "$F/sft$kind.json" \
+  python -m s2r.view.report "$F/warm$kind.json" "$F/warm-plus$kind.json" "$F/sft$kind.json" \
     "$F/sft-plus$kind.json" "$F/rl-outcome$kind.json" "$F/rl-process$kind.json" "$F/votes.json"
   for pair in "warm-plus sft" "sft rl-outcome" "sft-plus rl-outcome" "sft rl-process" "sft-plus rl-process"; do
     python -m s2r.view.report "$F/${pair% *}$kind.json" "$F/${pair#* }$kind.json" | tail -1
