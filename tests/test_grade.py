@@ -404,6 +404,24 @@ The answer is 5         ✗  6
 \frac{}{}               ✗  1  0
 ()                      ✗  0
 x                       ✗  5  y  2x
+
+# Python literals
+\text{'hello'}           ✓  'hello'  "hello"  ✗  'Hello'
+\{'a': 1\}               ✓  {'a': 1}  ✗  {'a': 2}
+{'b': 2, 'a': 1}        ✓  {'a': 1, 'b': 2}
+{1: 1, 2: 2}            ✓  {2: 2, 1: 1}  ✗  {3: 3, 4: 4}
+'a, b'                  ✗  'a,b'
+[ ]                     ✓  []  ✗  {}  ['']
+
+# roots and choices
+x_1 = 3, x_2 = -2       ✓  -2,3  \{-2,3\}  (3,-2)  ✗  (-2,3)  -2,4
+\textbf{(B)}~5          ✓  B  5  ✗  C
+(B)\; 5                 ✓  B  ✗  D
+\text{(B)}\quad 5       ✓  B  ✗  A
+(B): 5                  ✓  B  ✗  A
+\text{Option B}         ✓  B  ✗  A
+1 day                   ✓  1  ✗  11
+1/2 cup                 ✓  1/2  0.5  ✗  2
 """
 
 

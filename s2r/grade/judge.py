@@ -20,6 +20,7 @@ An answer has one meaning; what it leaves open, gold decides, never the other wa
 Answer and gold may change places, but for percent and degree signs, bases, thousands and choices.
 """
 
+import ast
 import re
 from fractions import Fraction
 from functools import lru_cache
@@ -65,13 +66,14 @@ def parsable(gold: str) -> bool:
     """Whether `gold` can be a gold answer: not blank, at most MAX_CHARS long, braces balanced."""
     if not isinstance(gold, str) or len(gold) > MAX_CHARS or extract_answer(rf"\boxed{{{gold}}}") != gold.strip():
         return False
-    return re.search(r"\w|\\[a-z{]", spell(gold)) is not None
+    return re.search(r"\w|\\[a-z{]", spell(gold)) is not None or _CODE.search(gold) is not None
 
 
-_CHOICE = re.compile(  # (C), with or without the option's text, in which no capital letter stands alone
-    r"\s*(?:(?:[Oo]ption|[Cc]hoice)\s+)?(?:\\[a-z]+\s*\{)?\s*\(?([A-Z])(?:[.:)]?\s*\}?|[.:)]\s*\}?(\\?\s(?:(?![A-Z](?![a-z])).)*))\s*",
+_CHOICE = re.compile(  # (C), with or without the option's text, in which every capital letter begins a word
+    r"\s*(?:\\[a-z]+\s*\{)?(?:(?:[Oo]ption|[Cc]hoice)\s+)?(?:\\[a-z]+\s*\{)?\s*\(?([A-Z])(?:[.:)]{0,2}\s*\}?|"
+    r"[.:)]{1,2}\s*\}?((?:\\?\s|~|\\[,;:]|\\q?quad\b)(?:(?![A-Z](?![a-z])).)*))\s*",
     re.DOTALL)
-_CODE = re.compile(r"""(?:^|[\[({,:]\s*)(['"]).*\1""", re.DOTALL)
+_CODE = re.compile(r"""(?:^|[\[({,:]\s*)(['"]).*\1|^\s*\{[^{}]+:.*\}\s*$|^\s*(?:\[\s*\]|\{\s*\}|\(\s*\))\s*$""", re.DOTALL)
 _DECIDING = re.compile(  # words that answer and gold must share
     r"\b((?i:at\s+(?:least|most)|(?:more|less|fewer|greater|smaller|larger)\s+than|or\s+(?:more|less|fewer|greater)|not|"
     r"none|never|minus|negative|squared|cubed|factorial|hal(?:f|ves)|tenths|below|odd|even|(?:north|south)(?:east|west)?|east|west)|"
@@ -86,9 +88,8 @@ _WORDS = re.compile(r"(?=(?:[^A-Za-z]*[A-Za-z]){3})[A-Za-z][A-Za-z\s.'-]*")
 
 @lru_cache(maxsize=1 << 16)
 def _equivalent(answer: str, gold: str) -> bool:
-    if _CODE.search(gold):  # strings of a programming language: no spaces but those that count, and one kind of quotes
-        answer, gold = (re.sub(r"\s*([,:\[\](){}])\s*", r"\1", x.strip().replace('"', "'")) for x in (answer, gold))
-        return answer == gold
+    if _CODE.search(gold):  # strings, dicts and empty brackets of Python
+        return _literal(answer) == _literal(gold)
     picked, choice = _CHOICE.fullmatch(answer), _CHOICE.fullmatch(gold)
     if picked and choice and picked[1] == choice[1] and not choice[2]:
         return True
@@ -112,6 +113,15 @@ def _equivalent(answer: str, gold: str) -> bool:
     gold = gold if "_" in answer else re.sub(r"^(-?\d[\dA-F.]*)_\{?\d+\}?$", r"\1", gold)
     return any(_same(a, g) or _rounds(answer, g) or _rounds(gold, a)
                for g in _readings(gold, True) for a in _readings(answer, False))
+
+
+def _literal(text: str):
+    """The value of a Python literal, nothing of it executed; another text without the spaces that do not count."""
+    text = re.sub(r"\\([{}_])", r"\1", re.sub(r"^\s*\\text[a-z]*\{(.*)\}\s*$", r"\1", text, flags=re.DOTALL)).strip()
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return re.sub(r"\s*([,:\[\](){}])\s*", r"\1", text.replace('"', "'"))
 
 
 @lru_cache(maxsize=1 << 14)

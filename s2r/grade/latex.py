@@ -312,10 +312,11 @@ class _Parser:
 
 
 def _listed(items: list) -> Group:
-    """A list; x = 1, y = 2 is the pair (1, 2), ordered by name."""
+    """A list, as x_1 = 1, x_2 = 2 is; x = 1, y = 2 is the pair (1, 2), ordered by name."""
     names = [item.items[0].name for item in items if item.kind == "=" and item.items[0].kind == "number"]
     if all(names) and len(set(names)) == len(items):
-        return Group("()", tuple(item.items[1] for _, item in sorted(zip(names, items), key=lambda pair: pair[0])))
+        kind = "list" if len({name.partition("_")[0] for name in names}) == 1 else "()"
+        return Group(kind, tuple(item.items[1] for _, item in sorted(zip(names, items), key=lambda pair: pair[0])))
     return Group("list", tuple(y for x in items for y in (x.items if x.kind == "list" else [x])))
 
 

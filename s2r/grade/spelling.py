@@ -9,7 +9,7 @@ import re
 from s2r.grade.latex import FUNCTIONS
 
 _UNITS = set("""cm mm km dm nm kg gm ml lb lbs oz ft mi yd sq cc hr hrs min mins sec secs mph kph am pm in men per usd
-    USD no No""".split())
+    USD no No day cup egg yr yrs wk gal mL mg""".split())
 _SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 _SYMBOLS = str.maketrans({
