@@ -45,6 +45,11 @@ def test_curves_draw_the_columns_asked_for_and_evaluations_as_points(runs, tmp_p
     drawn = out.read_text()
     assert ">accuracy</text>" in drawn and ">reward</text>" not in drawn
     assert len(re.findall(POINT, drawn)) == 2
+    (tmp_path / "outcome" / "eval.jsonl").write_text('{"step": 1, "icr": 0.5, "by_level": {}}\n')
+    main(Config(runs, str(out), columns="accuracy, icr"))  # icr: in evaluations alone
+    assert ">icr</text>" in out.read_text()
+    with pytest.raises(ValueError, match="--columns by_level: not in these logs"):
+        main(Config(runs, str(out), columns="by_level"))
     (tmp_path / "outcome" / "eval.jsonl").write_text("")  # no evaluation yet
     main(Config(runs, str(out), columns="accuracy"))
     assert not re.findall(POINT, out.read_text())

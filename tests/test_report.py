@@ -58,6 +58,10 @@ def test_reports_of_one_name_are_one_model_over_seeds(tmp_path, capsys):
     assert base.split()[:3] == ["base", "50.0", "±0.0"] and sft.split()[:3] == ["sft", "75.0", "±62.1"]
     tests = "(gained, lost, p: 0, 0, 1; 1, 0, 1; 2, 0, 0.5)"
     assert difference == f"sft against base: accuracy +25.0 ± 62.1 over 3 seeds {tests}"
+    report = json.loads(paths[-1].read_text())
+    paths[-1].write_text(json.dumps(report | {"by_level": {"1": {"accuracy": 1.0, "trials": 1.0}}, "pass_at_k": {"1": 1.0}}))
+    main(Config(tuple(map(str, paths))))  # a level, and pass@k, that one seed has alone
+    assert "level 1" in capsys.readouterr().out
     (again := tmp_path / "again" / "0").mkdir(parents=True)
     (again / "base.json").write_text(paths[0].read_text())
     one_missing, other_seeds, other_order = paths[:-1], [*paths[:3], paths[5]], [paths[0], paths[2], paths[3], paths[1]]

@@ -1,6 +1,6 @@
 """All of S²R on a laptop's CPU, in a world of arithmetic: base model → stage 0 → SFT → RL.
 
-    python -m s2r.toy                        10 to 15 minutes on two cores; ends with a table of what each model reached
+    python -m s2r.toy                        10 to 11 minutes on two cores; ends with a table of what each model reached
 
 `PLAN` lists the commands. They are those that train a large model, with smaller settings. What is made is not made
 again, so a second call continues where the first was stopped. `s2r/toy/world.py` explains the problems.
@@ -54,7 +54,7 @@ PLAN: Plan = (
 
 @dataclass(frozen=True)
 class Config:
-    folder: str = "runs/toy"  # where all files and run folders go
+    folder: str = ""  # where all files and run folders go [runs/toy-SEED]
     seed: int = 0  # of everything random
 
 
@@ -70,9 +70,10 @@ def stages(plan: Plan, folder: str, seed: int) -> list[Stage]:
 
 def main(cfg: Config) -> None:
     check(cfg)
-    make(stages(PLAN, cfg.folder, cfg.seed))
-    reports = {model: json.loads(Path(cfg.folder, f"{model}.json").read_text()) for model in MODELS}
-    print(f"\n{cfg.folder}/test.jsonl, greedy; fractions in per cent (s2r/metrics.py explains the columns)\n")
+    folder = cfg.folder or f"runs/toy-{cfg.seed}"
+    make(stages(PLAN, folder, cfg.seed))
+    reports = {model: json.loads(Path(folder, f"{model}.json").read_text()) for model in MODELS}
+    print(f"\n{folder}/test.jsonl, greedy; fractions in per cent (s2r/metrics.py explains the columns)\n")
     print(table(reports))
 
 

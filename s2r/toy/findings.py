@@ -31,8 +31,9 @@ seeds whose gain or loss is significant by itself: McNemar's test on the same 1,
 One base model serves all seeds, so the intervals leave its variation out.
 
 The paper's numbers are those of Qwen2.5-Math-7B on MATH500. Fractions are in per cent. `s2r/metrics.py` explains the
-columns; `sound` is the fraction of true verdicts whose check is right for the right reason (`s2r/toy/audit.py`), and
-`unchecked` the fraction of right first answers that end the response.
+columns; `sound` is the fraction of true verdicts whose check is right for the right reason (`s2r/toy/audit.py`),
+`no_verdict` the fraction of checks that have no verdict, which `va` counts as untrue, and `unchecked` the fraction of
+right first answers that end the response.
 Made by `python -m s2r.toy.findings --seeds {seeds}`, commits {commits}. [What was tried before](findings/settled.md).
 """
 ALL = """All models. `sft-plus` is the control of RL: SFT for at least as many updates as SFT and RL. `sft-more` is SFT for as many
@@ -108,7 +109,7 @@ REPORTS = (*MODELS, *(name for name, _, _ in TRAINED))  # of sample.py
 CHECKING = tuple(name for name in REPORTS if not name.startswith(("base", "rl-solve")))
 VOTES = ("base-majority", "base-checked")
 TABLES = (  # what a table shows, its rows, its columns as `value` takes them
-    (ALL, (*REPORTS, *VOTES), "accuracy first_accuracy trials va va_right er cp icr cir sound unchecked finished tokens"),
+    (ALL, (*REPORTS, *VOTES), "accuracy first_accuracy trials va va_right er cp icr cir no_verdict sound unchecked finished tokens"),
     (LENGTH, CHECKING, "after.1 after.2 after.4 after.8"),
     (LEVEL, MODELS, " ".join(f"by_level.{level}.{name}" for name in ("accuracy", "trials") for level in (1, 2, 3, 4, 5))),
     (AUDIT, CHECKING, " ".join(f"sound_by_trial.{number}" for number in (1, 2, 3, 4, 5))),
@@ -215,6 +216,8 @@ def main(cfg: Config) -> None:
     check(cfg)
     if cfg.seeds < 2:
         raise ValueError(f"--seeds {cfg.seeds}: an interval needs two or more")
+    if not cfg.out.endswith(".md"):
+        raise ValueError(f"--out {cfg.out}: give a name that ends in .md")
     check_output(cfg.out)
     kept = [Path(cfg.out).with_suffix("") / f"seed-{seed}" for seed in range(cfg.seeds)]
     folders = {seed: f"{cfg.folder}/seed-{seed}" for seed, path in enumerate(kept)

@@ -32,8 +32,9 @@ def main(cfg: Config) -> None:
     logs = {run: (_rows(run, "log.jsonl"), _rows(run, "eval.jsonl")) for run in cfg.runs}
     if empty := ", ".join(run for run, (log, _) in logs.items() if not log):
         raise FileNotFoundError(f"{empty}: no log.jsonl with a step; give the folder of a training run")
-    known = {name for log, _ in logs.values() for row in log for name in row}
-    columns = cfg.columns.split(",") if cfg.columns else [name for name in USUAL if name in known] or ["step"]
+    numbers = [item for both in logs.values() for rows in both for row in rows for item in row.items()]
+    known = {name for name, value in numbers if isinstance(value, int | float)}
+    columns = cfg.columns.replace(" ", "").split(",") if cfg.columns else [name for name in USUAL if name in known] or ["step"]
     if unknown := ", ".join(name for name in columns if name not in known):
         raise ValueError(f"--columns {unknown}: not in these logs, which have {', '.join(sorted(known))}")
     across = math.ceil(len(columns) ** 0.5)

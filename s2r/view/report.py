@@ -24,7 +24,7 @@ import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from math import comb
 from pathlib import Path
 from statistics import mean, stdev
@@ -87,7 +87,7 @@ def over_seeds(rows: dict[str, list[dict]]) -> None:
 def _merged(values: list):
     """Reports as one, each number of them as its `interval`; None where one of them has no number."""
     if all(isinstance(value, dict) for value in values):
-        return {key: _merged([value.get(key) for value in values]) for key in values[0]}
+        return {key: _merged([value.get(key) for value in values]) for key in dict.fromkeys(chain(*values))}
     return interval(values) if all(isinstance(value, int | float) for value in values) else None
 
 
@@ -111,12 +111,12 @@ def table(rows: dict[str, dict]) -> str:
     if levels := sorted({level for row in rows.values() for level in row["by_level"]}, key=int):
         grids.append([["accuracy / trials", *(f"level {level}" for level in levels)]])
         for name, row in rows.items():
-            by_level = [row["by_level"].get(level, {}) for level in levels]
+            by_level = [row["by_level"].get(level) or {} for level in levels]
             grids[-1].append([name, *(f"{cell(at, 'accuracy')} / {cell(at, 'trials')}" for at in by_level)])
-    if ks := sorted({k for row in rows.values() for k in row.get("pass_at_k", {})}, key=int):
+    if ks := sorted({k for row in rows.values() for k in row.get("pass_at_k") or {}}, key=int):
         grids.append([["pass / maj", *(f"@{k}" for k in ks)]])
         for name, row in rows.items():
-            passed, agreed = row.get("pass_at_k", {}), row.get("maj_at_k", {})
+            passed, agreed = (row.get(name) or {} for name in ("pass_at_k", "maj_at_k"))
             grids[-1].append([name, *(f"{cell(passed, k)} / {cell(agreed, k)}" for k in ks)])
     return "\n\n".join(map(_grid, grids))
 
