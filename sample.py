@@ -11,17 +11,17 @@ are kept in OUT.begun; rerun the same command to continue.
 import s2r  # isort: skip  # noqa: F401  before torch: it settles how torch's threads wait
 
 import json
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from s2r.data import Problem, check_output, load_problems, write_jsonl
+from s2r.data import Problem, check_output, load_problems, replacing, write_jsonl
 from s2r.grade import parsable
 from s2r.metrics import at_k, summarize
 from s2r.rollouts import encode_prompts
 from s2r.run import flags, loop
-from s2r.run.checkpoint import replacing
 from s2r.run.journal import Journal
 from s2r.view.page import page
 from s2r.view.report import table
@@ -91,8 +91,12 @@ def check_settings(cfg: Config) -> None:
     flags.check(cfg, "n", "max_new_tokens", "slots")
     if bool(cfg.data) == bool(cfg.ask):
         raise ValueError(f"give --data, a problem file, or --ask, one problem, and not both; {flags.TOY}")
-    if cfg.ask and (cfg.report or (cfg.html and not cfg.answer)):
-        raise ValueError("--ask: a --report is of a data set, and --html judges, so it needs --answer; leave them out")
+    if cfg.ask and (cfg.report or (cfg.html or cfg.out) and not cfg.answer):
+        raise ValueError("--ask: --report is of a data set; --html and --out hold rewards, so they need --answer")
+    if cfg.data and cfg.answer:
+        raise ValueError("--answer belongs to --ask; the problem file of --data has its own")
+    if cfg.out and cfg.data and os.path.realpath(cfg.out) == os.path.realpath(cfg.data):
+        raise ValueError(f"--out {cfg.out}: it is the problem file, and would be written over; give another path")
     if cfg.answer and not parsable(cfg.answer):
         raise ValueError(f"--answer {cfg.answer}: cannot be parsed, so nothing can be graded against it")
     for path in filter(None, (cfg.out, cfg.report, cfg.html)):

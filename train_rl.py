@@ -79,6 +79,7 @@ def main(cfg: Config) -> None:
     prompts = encode_prompts(problems, tokenizer, model.config.max_positions) + sampler.prompts
     if cfg.offline:
         collect, credit, recorded = offline_source(cfg, tokenizer, reference, ranks)
+        ranks.release(model)  # with --lora it is π_old, which was run; the optimizer wants the sharded parameters
     else:
         collect, credit, recorded = online_source(cfg, problems, sampler)
     if ranks.rank == 0:
@@ -86,8 +87,7 @@ def main(cfg: Config) -> None:
     run = Run(cfg, ranks, data=cfg.offline or cfg.data, steps=cfg.steps)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=True)
     done = run.restore(model, optimizer)
-    if not done:
-        sampler.evaluate(run, 0)
+    sampler.evaluate(run, done)
 
     for step in range(done + 1, cfg.steps + 1):
         clock = loop.Clock()
@@ -143,7 +143,7 @@ def main(cfg: Config) -> None:
 def check_settings(cfg: Config) -> None:
     """Raises ValueError for settings that make no sense, alone or together."""
     flags.check(cfg, "problems", "rollouts", "updates", "steps", "temperature", "max_new_tokens", "slots")
-    flags.check(cfg, "save_every", "keep")
+    flags.check(cfg, "save_every", "keep", "max_grad_norm", "lora_alpha")
     if bool(cfg.data) == bool(cfg.offline):
         raise ValueError(f"give --data, to sample from, or --offline, to learn from, and not both; {flags.TOY}")
     if cfg.baseline != "position" and not cfg.offline:

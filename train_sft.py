@@ -56,7 +56,8 @@ class Config:
 
 
 def main(cfg: Config) -> None:
-    flags.check(cfg, "epochs", "batch_size", "max_length", "max_new_tokens", "slots", "save_every", "keep")
+    flags.check(cfg, "epochs", "batch_size", "max_length", "max_new_tokens", "slots")
+    flags.check(cfg, "save_every", "keep", "max_grad_norm", "lora_alpha")
     examples = load_trajectories(cfg.data)
     ranks, dtype = loop.pick(cfg)
     model, tokenizer = loop.load(cfg, ranks, dtype, train=True)  # π_θ
@@ -74,8 +75,7 @@ def main(cfg: Config) -> None:
     run = Run(cfg, ranks, data=cfg.data, steps=steps)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=True)
     done = run.restore(model, optimizer)
-    if not done:
-        sampler.evaluate(run, 0)
+    sampler.evaluate(run, done)
 
     for step in range(done + 1, steps + 1):
         start = time.perf_counter()

@@ -14,7 +14,8 @@ All files come from a user: one that cannot be used raises a ValueError or FileN
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,13 +108,32 @@ def check_output(path: str | Path) -> None:
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
-    """Write rows by way of a temporary file: a crash leaves the old one or the new. Raises as `check_output`."""
+    """Write rows as `replacing` does: a crash leaves the old file or the new one. Raises as `check_output`."""
     check_output(path)
-    partial = Path(f"{path}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with replacing(Path(path)) as partial, partial.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.replace(partial, path)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary name for a new version of a file, then puts it in place; a full disk leaves the old one."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.unlink(missing_ok=True)
+        yield partial
+        sync(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)  # renaming onto a link to the same file does nothing
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    if os.name != "nt":  # which cannot open a folder
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
 
 
 def load_problems(path: str | Path, limit: int = 0) -> list[Problem]:
@@ -183,7 +203,9 @@ def _problem(row: dict, unique_id: str) -> Problem:
         raise ValueError(f"gold answer {answer!r} cannot be parsed; correct it or drop the row")
     if not isinstance(level, int | None):
         raise ValueError(f'"level" is {level!r}; write a whole number or leave it out')
-    unique_id = str(row.get("unique_id") or unique_id)
+    if not isinstance(row["solution"], str | None):
+        raise ValueError(f'"solution" is {row["solution"]!r}; write a text or leave it out')
+    unique_id = str(unique_id if row.get("unique_id") in (None, "") else row["unique_id"])
     return Problem(problem, answer, unique_id, level, row["subject"], row["solution"], row["formula"])
 
 

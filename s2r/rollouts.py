@@ -2,8 +2,8 @@
 
     problem ─ prompt ─▶ prompt ids ─ generate ─▶ response ids ─ parse ─▶ actions ─ judge ─▶ each right or wrong
 
-`roll_out` does all of this; `sample.py` and the training loops call it. A rollout file has one line per trajectory,
-written by `to_row`. `load_rollouts` reads it for offline RL (`s2r/offline.py`).
+`roll_out` does all of this; the scripts call it by way of `s2r/run/loop.py`. A rollout file has one line per trajectory,
+written by `to_row`. `load_rollouts` reads it, for offline RL and for the page of `s2r/view/page.py`.
 """
 
 from collections.abc import Sequence

@@ -75,9 +75,10 @@ def test_missing_file_says_what_to_give(tmp_path, load):
 
 def test_load_problems_reads_our_format(tmp_path):
     path = write(tmp_path, {"problem": "1+1?", "answer": "2", "unique_id": "a", "level": 3, "subject": "S",
-                            "solution": "s"}, {"problem": "2+2?", "answer": 4})
-    assert load_problems(path) == [Problem("1+1?", "2", "a", 3, "S", "s"), Problem("2+2?", "4", "file/1")]
-    assert len(load_problems(path, limit=1)) == 1 and len(load_problems(path, limit=9)) == 2
+                            "solution": "s"}, {"problem": "2+2?", "answer": 4}, {"problem": "3?", "answer": "3", "unique_id": 0})
+    assert load_problems(path) == [
+        Problem("1+1?", "2", "a", 3, "S", "s"), Problem("2+2?", "4", "file/1"), Problem("3?", "3", "0")]  # fmt: skip
+    assert len(load_problems(path, limit=1)) == 1 and len(load_problems(path, limit=9)) == 3
 
 
 def test_load_problems_reads_gsm8k_as_published(tmp_path):
@@ -121,6 +122,7 @@ PUBLISHED = [  # a row of each set as published; the problem, the gold answer an
     ({"body": "b", "question": "q", "answer": "-(1/3)", "formula": "f"}, "b\nq", "-(1/3)", "f"),
     ({"Body": "Ed has 8.", "Question": "And now?", "Answer": 5.0, "Equation": "( 8.0 - 3.0 )", "Type": "Subtraction"},
      "Ed has 8.\nAnd now?", "5", "( 8.0 - 3.0 )=5.0"),
+    ({"passage": None, "question": "1+1?", "options": None, "answer": "2"}, "1+1?", "2", None),
     ({"input": "Ed has 8. And now?", "target": "5.5"}, "Ed has 8. And now?", "5.5", None),
     ({"question": "Which?", "choices": ["21", "22"], "answer": 1, "subject": "algebra"}, OPTIONS, "B", None),  # MMLU-STEM
     ({"question": "Which?", "options": [21, 22], "answer": "B", "answer_index": 1}, OPTIONS, "B", None),  # MMLU-Pro
@@ -190,6 +192,7 @@ def test_load_problems_reads_asdiv_whole():
     ({"question": "p", "answer": "so ####  "}, '"answer" is empty or missing'),
     ({"problem": "p", "solution": "no box"}, '"answer" is empty or missing'),
     ({"problem": "p", "answer": "2", "level": [3]}, '"level" is .3.; write a whole number'),
+    ({"problem": "p", "answer": "2", "solution": 5}, '"solution" is 5; write a text'),
     ({"problem": "p", "answer": "2", "unique_id": "a"}, "unique_id 'a' is that of row 1 already"),
 ])
 def test_load_problems_names_the_bad_row(tmp_path, row, words):

@@ -114,6 +114,9 @@ def filled(argv: list[str], config: type) -> list[str]:
 
 def fault(words: list[str]) -> str | None:
     """What is wrong with a command, None if nothing is."""
+    if words[1] == "-c":
+        compile(words[2], "command", "exec")
+        return None
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
         try:

@@ -208,12 +208,13 @@ def test_a_resumed_run_ends_with_the_same_bits(stage, change, world, tmp_path):
         assert whole[name] == halves[name]
 
 
-def test_resume_refuses_another_base(world, tmp_path):
+@pytest.mark.parametrize("lora", [0, 4])
+def test_resume_refuses_another_base(lora, world, tmp_path):
     shutil.copytree(world / "taught", tmp_path / "base", ignore=shutil.ignore_patterns("step-*", "*.json[l]", "run.json"))
-    settings = {"model": str(tmp_path / "base"), "steps": 1}
+    settings = {"model": str(tmp_path / "base"), "steps": 1, "lora": lora}
     run(world, "rl", tmp_path / "out", **settings)
     os.utime(tmp_path / "base" / "model.safetensors")
-    with pytest.raises(ValueError, match="--weights-changed was .*; resume with the same settings"):
+    with pytest.raises(ValueError, match="its weights were written at another time than those that .* began with"):
         run(world, "rl", tmp_path / "out", **settings | {"steps": 2, "resume": True})
 
 

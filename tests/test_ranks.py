@@ -28,6 +28,7 @@ JOBS = {
     "sft": (train_sft, SFT | {"epochs": 1, "batch_size": 6, "tokens_per_microbatch": 200}),
     "outcome": (train_rl, RL | {"level": "outcome", "problems": 2, "steps": 3, "lr": 2e-4, "tokens_per_microbatch": 200}),
     "lora": (train_rl, RL | {"level": "process", "problems": 2, "steps": 3, "lr": 2e-3, "lora": 4}),
+    "lora offline": (train_rl, RL | {"problems": 2, "rollouts": 2, "steps": 3, "lr": 2e-3, "lora": 4, "data": ""}),
     "process": (train_rl, RL | {"level": "process", "problems": 2, "steps": 3, "lr": 2e-4, "tokens_per_microbatch": 200}),
 }
 
@@ -39,10 +40,13 @@ def world(tmp_path_factory):
     base, taught = tiny_model(folder / "model"), folder / "taught"
     trajectories, problems = trajectory_file(folder / "t.jsonl"), problem_file(folder / "p.jsonl")
     train_sft.main(train_sft.Config(model=str(base), data=str(trajectories), out=str(taught), **SFT | {"epochs": 12}))
+    rollouts = {"model": str(taught), "data": str(problems), "n": 4, "temperature": 0.7, "max_new_tokens": 60}
+    sample.main(sample.Config(**rollouts, out=str(folder / "r.jsonl"), device="cpu"))
 
     def settings(name: str, out: Path) -> dict:
         model, data = (base, trajectories) if name == "sft" else (taught, problems)
-        return JOBS[name][1] | {"model": str(model), "data": str(data), "out": str(out)}
+        files = {"offline": str(folder / "r.jsonl")} if "offline" in name else {"data": str(data)}
+        return JOBS[name][1] | {"model": str(model), "out": str(out)} | files
 
     for name, (script, _) in JOBS.items():
         script.main(script.Config(**settings(name, folder / name)))

@@ -447,7 +447,21 @@ def test_negative_settings_are_named(name, setting, refused):
 
 def test_a_problem_asked_has_no_report_and_without_an_answer_no_judged_page(refused, tmp_path):
     assert "--report is of a data set" in refused("sample", data="", ask="1+1?", answer="2", report=tmp_path / "r.json")
-    assert "needs --answer" in refused("sample", data="", ask="1+1?", html=tmp_path / "p.html")
+    for file in ("html", "out"):
+        assert "need --answer" in refused("sample", data="", ask="1+1?", **{file: tmp_path / "p.html"})
+
+
+def test_sample_writes_over_no_problem_file_and_takes_no_answer_for_one(refused, world, tmp_path):
+    shutil.copy(world.problems, data := tmp_path / "p.jsonl")
+    before = data.read_bytes()
+    assert "it is the problem file" in refused("sample", data=data, out=tmp_path / "." / "p.jsonl")
+    assert "--answer belongs to --ask" in refused("sample", answer="2") and data.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["train_sft", "train_rl"])
+def test_settings_that_would_train_nothing_are_named(name, refused):
+    for setting in ("max_grad_norm", "lora_alpha"):
+        assert f"--{setting.replace('_', '-')} 0.0: give a finite number, above 0" in refused(name, **{setting: 0.0})
 
 
 @pytest.mark.parametrize("name", ["train_sft", "train_rl"])
@@ -514,6 +528,25 @@ def test_rl_sizes_that_do_not_fit_are_named(refused, world):
     assert "--rollouts 1" in refused("train_rl", level="outcome", rollouts=1)
     assert "--updates 17" in refused("train_rl", updates=17)
     assert f"{world.problems} holds 16 problems, --problems asks for 17" in refused("train_rl", problems=17)
+
+
+def test_signal_in_the_last_evaluation_is_no_success_and_the_evaluation_is_made_up_for(world, tmp_path, monkeypatch, handlers):
+    settings = SFT | {"model": world.base, "data": world.trajectories, "eval_data": world.problems, "eval_every": 1}
+    settings |= {"epochs": 1, "batch_size": 99, "max_new_tokens": 8, "out": str(tmp_path / "out")}
+
+    def interrupted(*args, prepared=loop.roll_out, **options):
+        if (tmp_path / "out" / "log.jsonl").exists():  # after step 1, the only one
+            os.kill(os.getpid(), signal.SIGTERM)
+        return prepared(*args, **options)
+
+    monkeypatch.setattr(loop, "roll_out", interrupted)
+    with pytest.raises(SystemExit, match="1"):
+        train_sft.main(train_sft.Config(**settings))
+    monkeypatch.undo()
+    assert [row["step"] for row in read_jsonl(tmp_path / "out" / "eval.jsonl")] == [0]
+    for _ in range(2):
+        train_sft.main(train_sft.Config(**settings, resume=True))
+        assert [row["step"] for row in read_jsonl(tmp_path / "out" / "eval.jsonl")] == [0, 1]
 
 
 def test_resume_cuts_both_logs_by_step_and_evaluates_nothing_twice(world, tmp_path, monkeypatch):

@@ -20,14 +20,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint.state_dict as dcp
 from safetensors import SafetensorError, safe_open
 
+from s2r.data import replacing, sync
 from s2r.model import Transformer
 from s2r.run.flags import ROOT
 from s2r.run.ranks import Ranks
@@ -62,11 +61,13 @@ class Run:
         before = json.loads(file.read_text()) if file.exists() else {}
         now = {name: value for name, value in dataclasses.asdict(cfg).items() if name != "resume"}
         now["data_sha256"] = hashlib.sha256(Path(data).read_bytes()).hexdigest()
-        if cfg.lora:  # checkpoints hold the adapters alone: the base has to stay what it was
-            now["weights_changed"] = max(file.stat().st_mtime for file in Path(cfg.model).glob("*.safetensors"))
+        now["weights_changed"] = max(file.stat().st_mtime for file in Path(cfg.model).glob("*.safetensors"))
         for name, value in before.items():
             if name == "data_sha256" and value != now[name]:
                 raise ValueError(f"{data} is not what {self.folder} learnt from; give that or take another --out")
+            if name == "weights_changed" and value != now[name]:  # they are the reference, and the base of --lora
+                what = f"its weights were written at another time than those that {self.folder} began with"
+                raise ValueError(f"{cfg.model}: {what}; give those or take another --out")
             if name not in FREE and value != now.get(name):
                 what = f"--{name.replace('_', '-')} was {value!r}, now {now.get(name)!r}"
                 raise ValueError(f"{file}: {what}; resume with the same settings or take another --out")
@@ -95,6 +96,12 @@ class Run:
             left = f"{seconds / 3600:.1f} h" if seconds > 3600 else f"{seconds / 60:.0f} min"
         self.add("log.jsonl", row, f"step {step}/{self.steps}, {left} left")
 
+    def evaluated(self, step: int) -> bool:
+        """Whether eval.jsonl has a row of this step. All ranks call this together, and hear the same."""
+        file = self.folder / "eval.jsonl"
+        rows = file.read_text().splitlines() if self.first and file.exists() else []
+        return self.ranks.sum([sum(json.loads(row)["step"] == step for row in rows)])[0] > 0
+
     def add(self, name: str, row: dict, title: str) -> None:
         """Add a row to a log and print it behind `title`. Raises OSError when it cannot be written."""
         if not self.first:
@@ -114,8 +121,8 @@ class Run:
         print("  ".join(words), flush=True)
 
     def end_step(self, model: Transformer, optimizer: torch.optim.Optimizer, step: int, stop) -> None:
-        """Save if it is time to. If a signal asks to stop before the last step, save in any case and exit, status 1."""
-        asked = step < self.steps and stop.agreed()
+        """Save if it is time to. If a signal asks to stop, save in any case and exit with status 1."""
+        asked = stop.agreed()
         if asked or step % self.cfg.save_every == 0 or step == self.steps:
             self.save(model, optimizer, step)
         if asked:
@@ -153,7 +160,7 @@ class Run:
                     shutil.copyfile(file, scratch / file.name)
             torch.save(state, scratch / STATE)
             for path in (*scratch.rglob("*"), scratch, *self.folder.glob("*.jsonl")):
-                _sync(path)
+                sync(path)
             shutil.rmtree(checkpoint, ignore_errors=True)  # there is one if it could not be read
             os.rename(scratch, checkpoint)
             self._publish(checkpoint)
@@ -237,8 +244,8 @@ class Run:
                 try:
                     os.link(file, partial)
                 except OSError:  # not every file system has hard links
-                    shutil.copyfile(file, partial)
-        _sync(self.folder)
+                    shutil.copy2(file, partial)  # with its time, by which others know that it has not changed
+        sync(self.folder)
 
 
 def to_host(state: dict, kept: dict) -> None:
@@ -248,24 +255,3 @@ def to_host(state: dict, kept: dict) -> None:
     """
     for name, x in state.items():
         state[name] = kept[name].copy_(x) if name in kept else x.to("cpu")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary name for a new version of a file, then puts it in place; a full disk leaves the old one."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.unlink(missing_ok=True)
-        yield partial
-        _sync(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)  # renaming onto a link to the same file does nothing
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    if os.name != "nt":  # which cannot open a folder
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)

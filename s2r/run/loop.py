@@ -142,8 +142,11 @@ class Sampler:
         )  # fmt: skip
 
     def evaluate(self, run: Run, step: int) -> None:
-        """If --eval-every asks for it: greedy responses to --eval-data, and their metrics into eval.jsonl."""
-        if self.held_out and step % self.cfg.eval_every == 0:
+        """If --eval-every asks for it: greedy responses to --eval-data, and their metrics into eval.jsonl.
+
+        What is there already is not made again, so a resumed run makes up for an evaluation that was aborted.
+        """
+        if self.held_out and step % self.cfg.eval_every == 0 and not run.evaluated(step):
             greedy = self(self.held_out, n=1, temperature=0.0)
             if not self.stop.agreed():  # else some are missing
                 run.add("eval.jsonl", {"step": step} | summarize(greedy), f"evaluation after step {step}")
