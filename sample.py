@@ -91,8 +91,8 @@ def check_settings(cfg: Config) -> None:
     flags.check(cfg, "n", "max_new_tokens", "slots")
     if bool(cfg.data) == bool(cfg.ask):
         raise ValueError(f"give --data, a problem file, or --ask, one problem, and not both; {flags.TOY}")
-    if cfg.ask and (cfg.report or (cfg.html or cfg.out) and not cfg.answer):
-        raise ValueError("--ask: --report is of a data set; --html and --out hold rewards, so they need --answer")
+    if cfg.ask and (cfg.report or (cfg.html and not cfg.answer)):
+        raise ValueError("--ask: a --report is of a data set, and --html judges, so it needs --answer; leave them out")
     if cfg.data and cfg.answer:
         raise ValueError("--answer belongs to --ask; the problem file of --data has its own")
     if cfg.out and cfg.data and os.path.realpath(cfg.out) == os.path.realpath(cfg.data):

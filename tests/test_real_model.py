@@ -13,7 +13,7 @@ from conftest import ROOT
 from test_docs import module
 
 from s2r.run.flags import from_command_line
-from s2r.view.report import COLUMNS, mcnemar, table
+from s2r.view.report import COLUMNS, interval, mcnemar, table
 
 # Stands in for python: records the words, makes what the command would make, and ends like a killed one when told to.
 STUB = """
@@ -103,7 +103,7 @@ DIFFERENCES = {
 
 
 def model_row(name: str, seeds: list[dict]) -> str:
-    """A line of the page's first two tables: means over the seeds, and the accuracy of each."""
+    """A line of a table of models: means over the seeds, and the accuracy of each."""
     values = {key: [one[key] for one in seeds] for key in COLUMNS}
     means = {key: None if None in value else mean(value) for key, value in values.items()}
     accuracy, *cells = re.split(" {2,}", table({"": means | {"by_level": {}}}).splitlines()[1].strip())
@@ -112,31 +112,32 @@ def model_row(name: str, seeds: list[dict]) -> str:
     return f"| {MODELS[name]} | {accuracy} ({each}) | {' | '.join(cells)} |"
 
 
-def difference(before: dict, after: dict) -> str:
-    """A cell of the last table, one seed: the difference, problems gained and lost, p of McNemar's test."""
-    if before is after:  # its last answers against its first ones
+def difference_row(text: str, pairs: list[tuple[dict, dict]]) -> str:
+    """A line of the other two tables: mean difference, and for each seed the difference and McNemar's test."""
+    points, cells = [], []
+    for before, after in pairs:
         n, first = after["responses"], after["first_accuracy"]
-        gained, lost = round(after["icr"] * (1 - first) * n), round(after["cir"] * first * n)
-        gained, lost, p = mcnemar("1" * gained + "0" * lost, "0" * gained + "1" * lost)
-    else:
         gained, lost, p = mcnemar(after["right"], before["right"])
-    return f"{100 * (gained - lost) / after['responses']:+.1f} ({gained}, {lost}, {p:.2g})"
+        if before is after:  # its last answers against its first ones
+            gained, lost = round(after["icr"] * (1 - first) * n), round(after["cir"] * first * n)
+            gained, lost, p = mcnemar("1" * gained + "0" * lost, "0" * gained + "1" * lost)
+        points.append(100 * (gained - lost) / n)
+        cells.append(f"{points[-1]:+.1f} ({gained}, {lost}, {p:.2g})")
+    return "| {} | {:+.1f} ± {:.1f} | {} |".format(text, *interval(points), " | ".join(cells))
 
 
 def expected_rows() -> list[str]:
-    folders = sorted((ROOT / "docs" / "real").glob("seed-*"))
-    rows, cells = [], {text: [text] for text in DIFFERENCES}
+    folders, rows = sorted((ROOT / "docs" / "real").glob("seed-*")), []
     for kind in ("", ".sampled"):
         names = [name for name in MODELS if not kind or name != "base"]
         seeds = [{name: json.loads((folder / f"{name}{kind}.json").read_text()) for name in names} for folder in folders]
         rows += [model_row(name, [reports[name] for reports in seeds]) for name in names]
-        for text, (before, after) in DIFFERENCES.items():
-            cells[text] += [difference(reports[before], reports[after]) for reports in seeds]
-    return rows + [f"| {' | '.join(row)} |" for row in cells.values()]
+        rows += [difference_row(text, [(r[x], r[y]) for r in seeds]) for text, (x, y) in DIFFERENCES.items()]
+    return rows
 
 
 def test_the_tables_of_the_page_are_what_the_kept_reports_give():
     page = (ROOT / "docs" / "real_model.md").read_text(encoding="utf-8")
     result = page[page.index("## Result") : page.index("## The checks")]
-    rows = [line for line in result.splitlines() if line.startswith("| ") and not line.startswith("| seeds")]
+    rows = [line for line in result.splitlines() if line.startswith("| ") and not line.startswith(("| seeds", "| difference"))]
     assert rows == expected_rows()

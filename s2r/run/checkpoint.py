@@ -1,6 +1,6 @@
 """The run folder of a training script: its settings, its logs, its checkpoints, and how it resumes after a stop.
 
-    OUT/run.json        the settings, the SHA-256 of the data, the command, the commit and the version of torch
+    OUT/run.json        the settings, the SHA-256 of the data, when --model was written, the command, commit and torch
     OUT/log.jsonl       one row per step; OUT/eval.jsonl: one row per evaluation
     OUT/step-40/        a checkpoint: a Hugging Face folder with state.pt, which is what --resume needs: fp32 weights,
     OUT/step-60/        optimizer, step; the last --keep of them are kept
