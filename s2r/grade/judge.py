@@ -73,7 +73,7 @@ _CHOICE = re.compile(  # (C), with or without the option's text, in which every 
     r"\s*(?:\\[a-z]+\s*\{)?(?:(?:[Oo]ption|[Cc]hoice)\s+)?(?:\\[a-z]+\s*\{)?\s*\(?([A-Z])(?:[.:)]{0,2}\s*\}?|"
     r"[.:)]{1,2}\s*\}?((?:\\?\s|~|\\[,;:]|\\q?quad\b)(?:(?![A-Z](?![a-z])).)*))\s*",
     re.DOTALL)
-_CODE = re.compile(r"""(?:^|[\[({,:]\s*)(['"]).*\1|^\s*\{[^{}]+:.*\}\s*$|^\s*(?:\[\s*\]|\{\s*\}|\(\s*\))\s*$""", re.DOTALL)
+_CODE = re.compile(r"""(?:^|[\[({,:]\s*)(['"]).*\1|^\s*\{[^{}]+:.*\}\s*$|^\s*[\[({][\s,\[\](){}]*$""", re.DOTALL)
 _DECIDING = re.compile(  # words that answer and gold must share
     r"\b((?i:at\s+(?:least|most)|(?:more|less|fewer|greater|smaller|larger)\s+than|or\s+(?:more|less|fewer|greater)|not|"
     r"none|never|minus|negative|squared|cubed|factorial|hal(?:f|ves)|tenths|below|odd|even|(?:north|south)(?:east|west)?|east|west)|"
