@@ -79,7 +79,7 @@ def main(cfg: Config) -> None:
     prompts = encode_prompts(problems, tokenizer, model.config.max_positions) + sampler.prompts
     if cfg.offline:
         collect, credit, recorded = offline_source(cfg, tokenizer, reference, ranks)
-        ranks.release(model)  # with --lora it is π_old, which was run; the optimizer wants the sharded parameters
+        ranks.release(model)  # run as π_old with --lora, it is gathered; the optimizer needs it sharded
     else:
         collect, credit, recorded = online_source(cfg, problems, sampler)
     if ranks.rank == 0:

@@ -9,11 +9,11 @@
 Nothing here knows of S²R. Dimension letters are those of `s2r/__init__.py`.
 """
 
-try:  # Triton comes with PyTorch for CUDA; without it (macOS, Windows) the kernels are never called, only imported
+try:  # comes with PyTorch for CUDA; without it (macOS, Windows) the kernels are imported and never called
     import triton
     import triton.language as tl
 
-    # Sizes that change from call to call: a kernel is not compiled again because one of them divides by 16, or is 1.
+    # Sizes that change from call to call: no kernel is compiled again because one divides by 16, or is 1.
     jit = triton.jit(do_not_specialize=["T", "sequences", "splits", "tiles", "first"])
 except ImportError:
     triton = tl = None

@@ -1,12 +1,12 @@
 r"""Causal attention over packed sequences (training, prefill) and over a slot cache (decoding).
 
-A packed batch lays S sequences end to end in one flat array of T tokens; `cu_seqlens` holds the S + 1 borders:
+A packed batch lays S sequences end to end, T tokens in all; `cu_seqlens` holds the S + 1 borders:
 
     tokens       a a a a b b c c c
     cu_seqlens   0       4   6     9
 
-No token sees another sequence, so there is nothing to pad and no mask to store. A sequence may continue another one, its
-prefix, whose tokens it sees as well: the M responses to a problem need the keys of its prompt only once.
+No token sees another sequence: nothing is padded, no mask is stored. A sequence may continue another one, its
+prefix, and sees its tokens as well: the M responses to a problem need the keys of its prompt only once.
 
     tokens       p p p a a b b b       prompt p, responses a and b
     cu_seqlens   0     3   5     8

@@ -28,7 +28,7 @@ def plain(row: dict) -> dict:
     What cannot be converted stays as it is, and the reader of the row says what is wrong. Raises ValueError for a row
     that would be read in part.
     """
-    row = {key: value for key, value in row.items() if value or key not in ("choices", "options")}  # null: none asked for
+    row = {key: value for key, value in row.items() if value or key not in ("choices", "options")}  # null: an open question
     keys, read = next((keys, read) for keys, read in SETS if all(any(k in row for k in key.split("|")) for key in keys))
     used = "|".join(keys).split("|") + ["context", "unit"] * (read is _question)
     unread = [key for key in row if key in MEANING - set(used) and row[key] not in (None, "", [])]

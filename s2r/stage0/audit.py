@@ -60,6 +60,7 @@ def audit(rollouts: Sequence[str], fault: Fault) -> None:
 
 
 def _fraction(values: Iterable[bool]) -> str:
+    """ "50.0 % of 2", or "none" if there is no value."""
     values = list(values)
     return f"{100 * sum(values) / len(values):.1f} % of {len(values)}" if values else "none"
 

@@ -109,7 +109,8 @@ def _step(a: Fraction, sign: str, b: Fraction) -> str:
 def verify(problem: Problem, answer: str) -> str | None:
     """A check of this answer, with its verdict; None where the rule has none.
 
-    That is: no formula, one that does not give the gold answer, or a number, the answer included, of over 4 decimals.
+    That is: no formula, one that does not give the gold answer, an answer that is not a number of 0 to 4 decimals, or such
+    a number on the way.
     """
     tree = parse(problem.formula or "")
     said = re.fullmatch(r"\$?(\d{1,12}|\d{1,3}(?:,\d{3}){1,3})(\.\d{1,4})?", answer.strip(), re.ASCII)
