@@ -3,8 +3,8 @@
 import pytest
 
 from s2r.data import read_jsonl, write_jsonl
-from s2r.grammar import VERIFY_OPENING
-from s2r.stage0.audit import audit
+from s2r.grammar import VERDICT_SENTENCE, VERIFY_OPENING
+from s2r.stage0.audit import audit, mark
 from s2r.toy.audit import fault as toy_fault
 
 PROBLEM = "Put plus or minus in the gaps: 62 _ 7 _ 11 = 58."  # plus minus
@@ -40,6 +40,20 @@ def test_command_marks_sound_checks_and_counts_true_verdicts(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == [
         f"{tmp_path}/r.jsonl: checks with a true verdict that are sound: 50.0 % of 2",
         '  "correct": 50.0 % of 2', '  "incorrect": none', "  check 1: 50.0 % of 2  1 other signs than the answer's"]  # fmt: skip
+
+
+def test_each_check_is_read_against_its_own_solve_and_only_true_verdicts_are_counted():
+    checks = [f"{answer}. {VERDICT_SENTENCE[verdict]}" for answer, verdict in ((8, "incorrect"), (7, "correct"))]
+    text = f"\\boxed{{8}}\n\n{VERIFY_OPENING} {checks[0]}\n\nLet me try again. \\boxed{{7}}\n\n{VERIFY_OPENING} {checks[1]}"
+    row = {"problem": "q", "text": text, "actions": [
+        {"kind": "solve", "answer": "8", "reward": -1}, {"kind": "verify", "verdict": "incorrect", "reward": 1},
+        {"kind": "solve", "answer": "7", "reward": 1}, {"kind": "verify", "verdict": "correct", "reward": -1}]}
+    asked = []
+    assert mark([row], lambda problem, answer, check: asked.append((answer, check)) or "") == {1: {"": 1}}
+    assert asked == [("8", checks[0]), ("7", checks[1])]
+    row["actions"][3]["verdict"] = None  # a check that was cut off
+    mark([row], lambda *_: "")
+    assert [action.get("sound") for action in row["actions"]] == [None, True, None, False]
 
 
 def test_command_goes_on_after_a_model_without_checks(tmp_path, capsys):

@@ -178,6 +178,18 @@ def test_trajectories_of_one_seed_repeat_and_do_not_depend_on_other_problems():
     assert half == [e for e in first if int(e["unique_id"]) >= 10]
 
 
+def test_seed_chooses_among_the_samples():
+    """Over the seeds, every right sample becomes the last solve, and every wrong one the first."""
+    samples, found = rows("34", "34", "34", "31", "32"), Counter()
+    for i, row in enumerate(samples):
+        row["text"] = f"Sample {i}. {row['text']}"
+    for seed in range(40):
+        ((one,), _), ((two,), _) = (stage0.trajectories(part, {PROBLEM: CHECKS}, settings(seed=seed, keep=(1, 1, 1, 1)))
+                                    for part in (samples[:4], samples[2:]))
+        found.update([one["trajectory"][-2]["text"][:9], two["trajectory"][0]["text"][:9]])
+    assert set(found) == {f"Sample {i}." for i in range(5)} and min(found.values()) >= 4
+
+
 # --- the command ---
 
 

@@ -221,6 +221,17 @@ def test_save_copies_where_there_are_no_hard_links(saved, monkeypatch, tmp_path)
     for name in MODEL:
         ours, theirs = tmp_path / "run" / name, tmp_path / "run" / "step-2" / name
         assert ours.read_bytes() == theirs.read_bytes() and not ours.samefile(theirs)
+        assert ours.stat().st_mtime == theirs.stat().st_mtime  # by which the next stage tells that its --model has changed
+
+
+def test_save_forces_log_and_checkpoint_onto_the_disk_before_the_rename(saved, monkeypatch):
+    run, model, optimizer = saved
+    forced = []
+    monkeypatch.setattr(checkpoint, "sync", lambda path: forced.append(path.name))
+    monkeypatch.setattr(os, "rename", lambda *names, rename=os.rename: forced.append("rename") or rename(*names))
+    run.log({"step": 2})
+    run.save(model, optimizer, 2)
+    assert {"log.jsonl", "state.pt", "model.safetensors", "saving.tmp"} <= set(forced[: forced.index("rename")])
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])

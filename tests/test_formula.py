@@ -171,6 +171,16 @@ def test_verifications_by_formula_are_a_file_that_build_reads(tmp_path, capsys):
             verifications.main(verifications.Config(**files, **wrong))
 
 
+def test_split_puts_a_problem_in_one_part_and_leaves_long_formulas_out(tmp_path):
+    problems = [{"problem": f"{a} and {b}?", "answer": str(a + b), "formula": f"{a}+{b}={a + b}"} for a in range(20) for b in range(1, 6)]
+    long = {"problem": "1, 2, 3 and 4?", "answer": "10", "formula": "1+2+3+4=10"}
+    write_jsonl(tmp_path / "p.jsonl", (row | {"unique_id": f"{copy}/{i}"} for copy in "ab" for i, row in enumerate([*problems, long])))
+    formula.main(formula.Config(data=str(tmp_path / "p.jsonl"), folder=str(tmp_path)))
+    parts = [{row["problem"] for row in read_jsonl(tmp_path / f"{name}.jsonl")} for name in ("sft", "rl", "test")]
+    assert sum(map(len, parts)) == 100 and set.union(*parts) == {row["problem"] for row in problems}
+    assert list(map(len, parts)) == pytest.approx([40, 40, 20], abs=15)
+
+
 def test_split_of_problems_without_formulas_leaves_the_files_as_they_were(tmp_path):
     write_jsonl(tmp_path / "p.jsonl", [{"problem": f"{i}?", "answer": "9"} for i in range(50)])
     (tmp_path / "test.jsonl").write_text("before")

@@ -168,6 +168,7 @@ def test_rollouts_do_not_depend_on_batching(settings):
     found = {(r.prompt, r.sample): r for r in run(**settings)}
     shared = found.keys() & base().keys()
     assert len(shared) == 7 * min(3, settings.get("n", 3)) and len(found) == 7 * settings.get("n", 3)
+    assert len({len(r.ids) for r in found.values()}) > 2  # rows do stop at different times
     for key in shared:
         if "max_new_tokens" in settings and not base()[key].finished:
             assert found[key].ids[:NEW] == base()[key].ids
@@ -233,13 +234,6 @@ def test_random_stream_is_named_by_seed_step_problem_and_sample():
     assert torch.equal(torch.get_rng_state(), before)
     long = run(asked=[PROMPTS[2]], n=8, stop_ids=(), max_new_tokens=30)
     assert len({tuple(r.ids) for r in long}) == 8
-
-
-def test_continuous_batching_with_two_slots_and_seven_jobs():
-    wide, narrow = run(n=1, slots=7), run(n=1, slots=2)
-    assert len({len(r.ids) for r in wide}) > 2  # rows do stop at different times
-    for found, wanted in zip(narrow, wide, strict=True):
-        same(found, wanted)
 
 
 def test_stop_ends_sampling_with_the_rollouts_that_are_complete():

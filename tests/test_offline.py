@@ -165,6 +165,29 @@ def test_offline_refuses_rollouts_of_another_model(folder, recorded, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_check_policy_lets_rounding_pass_and_nothing_more_in_either_direction(folder, recorded, tokenizer):
+    """In fp32 a mean difference of 0.01 nats per token is let pass."""
+    model, rollouts = Transformer.from_pretrained(folder), load_rollouts(recorded, tokenizer)
+    for shift in (0.0, 0.008, -0.008):
+        offline.check_policy("r.jsonl", [replace(t, logp=[x + shift for x in t.logp]) for t in rollouts], model, 10**6)
+    for shift in (0.02, -0.02):
+        with pytest.raises(ValueError, match="on average 0.02 nats"):
+            offline.check_policy("r.jsonl", [replace(t, logp=[x + shift for x in t.logp]) for t in rollouts], model, 10**6)
+
+
+def test_steps_go_through_the_file(folder, recorded, tmp_path, monkeypatch):
+    used = []
+
+    def score(part, *args, score=train_rl.score):
+        used.extend((t.problem.unique_id, t.sample) for t, _ in part)
+        return score(part, *args)
+
+    monkeypatch.setattr(train_rl, "score", score)
+    train_rl.main(train_rl.Config(model=str(folder), offline=str(recorded), out=str(tmp_path / "out"), problems=2, rollouts=2,
+                                  updates=1, steps=4, show_every=0))
+    assert len(used) == len(set(used)) == 16
+
+
 @pytest.mark.parametrize("level", ["outcome", "process"])
 @pytest.mark.parametrize("baseline", get_args(get_type_hints(train_rl.Config)["baseline"]))
 def test_train_rl_offline_prefers_what_was_right(level, baseline, folder, tokenizer, recorded, tmp_path):

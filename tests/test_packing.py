@@ -139,6 +139,13 @@ def test_shared_prompts_change_neither_logp_nor_gradient(folder):
             torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
 
 
+def test_pack_counts_a_shared_prompt_once():
+    """Four responses of 2 tokens to a prompt of 10 are 18 tokens."""
+    args = [[*range(10), 50 + i, 60 + i] for i in range(4)], [[10, 11]] * 4
+    assert [p.rows for p in pack(*args, 18, "cpu", [10] * 4)] == [[0, 1, 2, 3]]
+    assert [p.rows for p in pack(*args, 17, "cpu", [10] * 4)] == [[0, 1, 2], [3]]
+
+
 def test_sft_sequences_are_prompt_and_response_with_the_targets_behind_the_prompt(tokenizer):
     examples = [Example(str(wrong), "3+4?", "7", steps(3, 4, wrong)) for wrong in range(3)]
     prefix, encoded = prompt("3+4?", tokenizer), [encode(example.trajectory, tokenizer) for example in examples]

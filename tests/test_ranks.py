@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from forked import finish, launch
 from safetensors.torch import load_file
 from test_scripts import RL, SFT, log
 
@@ -53,19 +54,18 @@ def world(tmp_path_factory):
     return folder, settings
 
 
-def torchrun(ranks: int, script: str, settings: dict, *more: str) -> subprocess.CompletedProcess:
-    """A script, or `-m` a module."""
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return subprocess.run([*launch, "--", *script.split(), *flags, *more], cwd=ROOT, capture_output=True, text=True, check=False)
+def run(ranks: int, module: str, settings: dict, output: Path) -> str:
+    """What the command of a module prints on so many processes."""
+    statuses = finish(launch(module, ranks, settings, output))
+    assert statuses == [0] * ranks, output.read_text()[-3000:]
+    return output.read_text()
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("name", JOBS)
 def test_ranks_take_the_steps_of_one_process(name, ranks, world, tmp_path):
     folder, settings = world
-    done = torchrun(ranks, f"{JOBS[name][0].__name__}.py", settings(name, tmp_path / "out"))
-    assert done.returncode == 0, done.stderr[-3000:]
+    run(ranks, JOBS[name][0].__name__, settings(name, tmp_path / "out"), tmp_path / "printed")
     rows, wanted = log(tmp_path / "out"), log(folder / name)
     assert len(rows) == len(wanted) == 3
     for row, one in zip(rows, wanted):
@@ -93,7 +93,7 @@ def compare(found: Path, wanted: Path, tolerance: float) -> None:
 
 
 def test_two_machines_of_two_processes_take_the_steps_of_one_process(world, tmp_path):
-    """Parameters are spread over the two of a machine, and each machine has all of them."""
+    """Parameters are spread over the two of a machine, and each machine has all of them. As users start them."""
     folder, settings = world
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings("process", tmp_path / "out").items()]
     with socket.socket() as free:
@@ -113,8 +113,7 @@ def test_ranks_take_the_steps_of_one_process_in_bfloat16_up_to_its_rounding(worl
     _, settings = world
     script, names = JOBS["sft"][0], {1: tmp_path / "one", 2: tmp_path / "two"}
     script.main(script.Config(**settings("sft", names[1]) | {"dtype": "bfloat16"}))
-    done = torchrun(2, "train_sft.py", settings("sft", names[2]) | {"dtype": "bfloat16"})
-    assert done.returncode == 0, done.stderr[-3000:]
+    run(2, "train_sft", settings("sft", names[2]) | {"dtype": "bfloat16"}, tmp_path / "printed")
     compare(names[2], names[1], 2**-8)
 
 
@@ -131,7 +130,7 @@ def test_ranks_sample_what_one_process_does(world, tmp_path):
 
     sample.main(sample.Config(**whole, **files("one")))
     rows = read_jsonl(tmp_path / "one.jsonl")
-    assert torchrun(2, "sample.py", whole | files("two")).returncode == 0
+    run(2, "sample", whole | files("two"), tmp_path / "printed")
     assert_same(read_jsonl(tmp_path / "two.jsonl"), rows)
     assert not (tmp_path / "two.jsonl.begun").exists()
     reports = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two")]
@@ -146,8 +145,7 @@ def test_ranks_sample_what_one_process_does(world, tmp_path):
     with open(f"{settings.out}.begun", "a") as begun:
         begun.writelines(json.dumps(row) + "\n" for row in found[::-5])
         begun.write(json.dumps(found[0])[:40])
-    done = torchrun(3, "sample.py", whole | files("cut"))
-    assert done.returncode == 0 and f"{len(found[::-5])} rollouts are there" in done.stdout, done.stderr[-3000:]
+    assert f"{len(found[::-5])} rollouts are there" in run(3, "sample", whole | files("cut"), tmp_path / "printed")
     assert_same(read_jsonl(tmp_path / "cut.jsonl"), rows)
 
 
@@ -166,8 +164,7 @@ def test_ranks_verify_what_one_process_does(world, tmp_path):
     settings = {"rollouts": str(tmp_path / "r.jsonl"), "model": str(folder / "taught"), "max_new_tokens": 20, "batch": 3,
                 "device": "cpu"}  # fmt: skip
     verifications.main(verifications.Config(**settings, out=str(tmp_path / "one.jsonl")))
-    done = torchrun(2, "-m s2r.stage0.verifications", settings | {"out": str(tmp_path / "two.jsonl")})
-    assert done.returncode == 0, done.stderr[-3000:]
+    run(2, "s2r.stage0.verifications", settings | {"out": str(tmp_path / "two.jsonl")}, tmp_path / "printed")
     one, two = (sorted(read_jsonl(tmp_path / f"{name}.jsonl"), key=str) for name in ("one", "two"))
     assert one == two and len(one) == 10
 
@@ -176,18 +173,17 @@ def test_resume_with_another_number_of_ranks_goes_on_where_it_was(world, tmp_pat
     folder, settings = world
     out = tmp_path / "out"
     whole = settings("process", out)
-    for ranks, steps, more in ((2, 2, ()), (3, 3, ("--resume",))):
-        done = torchrun(ranks, "train_rl.py", whole | {"steps": steps}, *more)
-        assert done.returncode == 0, done.stderr[-3000:]
+    for ranks, change in ((2, {"steps": 2}), (3, {"steps": 3, "resume": True})):
+        run(ranks, "train_rl", whole | change, tmp_path / "printed")
     rows, wanted = log(out), log(folder / "process")
     assert [row["tokens"] for row in rows] == [row["tokens"] for row in wanted]
     assert rows[-1]["reward"] == pytest.approx(wanted[-1]["reward"])
 
 
-def test_an_error_ends_all_ranks_with_one_line_each(world, tmp_path):
+def test_an_error_ends_all_ranks_and_is_said(world, tmp_path):
     _, settings = world
-    done = torchrun(2, "train_rl.py", settings("process", tmp_path / "out") | {"problems": 99})
-    assert done.returncode != 0 and "error: " in done.stderr and "--problems asks for 99" in done.stderr
+    statuses = finish(launch("train_rl", 2, settings("process", tmp_path / "out") | {"problems": 99}, tmp_path / "printed"))
+    assert all(statuses) and "error: " in (printed := (tmp_path / "printed").read_text()) and "--problems asks for 99" in printed
     assert not (tmp_path / "out").exists()
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from statistics import mean
 
@@ -16,26 +15,24 @@ from s2r.run.flags import from_command_line
 from s2r.view.report import COLUMNS, interval, mcnemar, table
 
 # Stands in for python: records the words, makes what the command would make, and ends like a killed one when told to.
-STUB = """
-import json, os, sys
-from pathlib import Path
-words, log = sys.argv[1:], Path("log")
-log.open("a").write(json.dumps(words) + "\\n")
-if len(log.read_text().splitlines()) == int(os.environ["KILL_AT"]):
-    os.kill(os.getpid(), 9)
-flags = dict(zip(words, words[1:]))
-made = [flags[name] for name in ("--out", "--report") if name in flags]
-made += [flags["--folder"] + "/" + name for name in ("sft.jsonl", "rl.jsonl", "test.jsonl") if "--folder" in flags]
-for path in map(Path, made):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch() if path.suffix else path.mkdir(exist_ok=True)
+STUB = r"""#!/bin/sh
+printf '%s\037' "$@" >> log
+echo >> log
+[ "$(wc -l < log)" -eq "$KILL_AT" ] && kill -9 $$
+while [ $# -gt 0 ]; do
+  case $1 in
+    --out | --report) case ${2##*/} in *.*) mkdir -p "${2%/*}"; : >> "$2" ;; *) mkdir -p "$2" ;; esac ;;
+    --folder) mkdir -p "$2"; for name in sft rl test; do : >> "$2/$name.jsonl"; done ;;
+  esac
+  shift
+done
+exit 0
 """
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    (tmp_path / "stub.py").write_text(STUB)
-    (tmp_path / "python").write_text(f'#!/bin/sh\nexec {sys.executable} {tmp_path}/stub.py "$@"\n')
+    (tmp_path / "python").write_text(STUB)
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.chdir(tmp_path)
@@ -45,7 +42,7 @@ def run(tmp_path, monkeypatch):
         Path("log").unlink(missing_ok=True)
         command = ["sh", str(ROOT / "docs" / "real_model.sh"), "MODEL", "asdiv.jsonl", folder, "7", "bfloat16"]
         status = subprocess.run(command, env=os.environ | {"KILL_AT": str(kill_at)}).returncode
-        return status, [json.loads(line) for line in Path("log").read_text().splitlines()]
+        return status, [line.split("\x1f")[:-1] for line in Path("log").read_text().split("\n")[:-1]]
 
     return run
 

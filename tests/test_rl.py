@@ -6,6 +6,7 @@ import re
 from fractions import Fraction
 from itertools import cycle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +14,9 @@ import torch
 import train_rl
 import train_sft
 from s2r import rl
-from s2r.data import Problem
+from s2r.data import Problem, load_trajectories
 from s2r.model import Transformer
-from s2r.packing import policy_logp
+from s2r.packing import policy_logp, sft_sequences
 from s2r.run import loop
 from s2r.run.ranks import Ranks
 from s2r.rollouts import Trajectory
@@ -320,6 +321,14 @@ class Stop(Exception):
     """Raised in the place of an optimizer step."""
 
 
+def other_model(model: Transformer) -> Transformer:
+    """The same model, moved a little."""
+    generator = torch.Generator().manual_seed(1)
+    for p in model.parameters():
+        p.data += 0.02 * torch.randn(p.shape, generator=generator)
+    return model
+
+
 def gradient(script, cfg, monkeypatch) -> torch.Tensor:
     """The gradient, in one vector, that `script` has at its first optimizer step, against a reference that is another
     model than the policy, so that every term of the loss has a part in it."""
@@ -327,11 +336,7 @@ def gradient(script, cfg, monkeypatch) -> torch.Tensor:
 
     def other_reference(*args, train=False):
         model, tokenizer = load(*args, train=train)
-        if not train:
-            generator = torch.Generator().manual_seed(1)
-            for p in model.parameters():
-                p.data += 0.02 * torch.randn(p.shape, generator=generator)
-        return model, tokenizer
+        return model if train else other_model(model), tokenizer
 
     def record(run, model, *_, **__):
         found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
@@ -364,6 +369,69 @@ def test_gradient_does_not_depend_on_the_token_budget(name, folder, tmp_path, mo
     for other in found[:2]:
         assert not torch.equal(other, found[2])  # the budget did split the batch
         assert (other - found[2]).norm() <= 1e-6 * found[2].norm()
+
+
+def log_p(model, ids: list[int], temperature: float = 1.0) -> torch.Tensor:
+    """(T, V): log p of every next token, from whole logits of one sequence."""
+    return (model.logits(model(torch.tensor(ids), torch.tensor([0, len(ids)]))) / temperature).log_softmax(-1)
+
+
+def assert_gradient(found: torch.Tensor, loss: torch.Tensor, model: Transformer) -> None:
+    wanted = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+    assert wanted.norm() > 1e-3 and (found - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+@pytest.mark.parametrize("level", ["outcome", "process"])
+def test_first_update_of_a_step_is_the_plain_policy_gradient(level, folder, tmp_path, monkeypatch):
+    """Where π_θ is π_old, the gradient is that of −Σ A·mean log p: here sequence by sequence, without packing, β = 0."""
+    seen, rewards = [], cycle([1.0, -1.0, -1.0, 1.0, 1.0])  # the rollouts of a random model have one reward
+
+    def watched(trajectories, *args, credit=rl.online_credit):
+        seen.extend(zip(trajectories, credits := credit(trajectories, *args)))
+        return credits
+
+    monkeypatch.setattr(rl, "outcome_reward", lambda actions: next(rewards))
+    monkeypatch.setattr(rl, "process_rewards", lambda actions, finished: [next(rewards) for _ in actions])
+    monkeypatch.setattr(rl, "online_credit", watched)
+    problems = str(problem_file(tmp_path / "problems.jsonl"))
+    found = gradient(train_rl, train_rl.Config(model=str(folder), data=problems, out=str(tmp_path / "out"), level=level, problems=4,
+                                               rollouts=3, updates=1, beta=0.0, max_new_tokens=20, device="cpu"), monkeypatch)
+    model, loss = Transformer.from_pretrained(folder), 0.0
+    for trajectory, credit in seen:
+        ids, end = trajectory.prompt_ids + trajectory.ids, len(trajectory.prompt_ids)
+        logp = log_p(model, ids, 0.7)
+        for n, reward, baseline in zip(credit.tokens, credit.reward, credit.baseline, strict=True):
+            span = torch.arange(end, end := end + n)
+            mean = logp[span - 1, torch.tensor(ids)[span]].mean()
+            loss = loss - (reward - baseline) * mean / len(credit.tokens) / len(seen)
+    assert_gradient(found, loss, model)
+
+
+def test_sft_gradient_is_that_of_nll_plus_kl_to_the_base(folder, tokenizer, tmp_path, monkeypatch):
+    data = trajectory_file(tmp_path / "trajectories.jsonl", 6)
+    found = gradient(train_sft, train_sft.Config(model=str(folder), data=str(data), out=str(tmp_path / "out"), batch_size=6,
+                                                 kl=0.5, device="cpu"), monkeypatch)
+    model, base, loss = Transformer.from_pretrained(folder), other_model(Transformer.from_pretrained(folder)), 0.0
+    sequences, scored = sft_sequences(load_trajectories(data), tokenizer, 10**6, unmasked=False)
+    for ids, positions in zip(sequences, scored):
+        at = torch.tensor(positions)
+        ours, theirs = log_p(model, ids)[at - 1], log_p(base, ids)[at - 1].detach()
+        kl = (ours.exp() * (ours - theirs)).sum(-1)
+        loss = loss + (0.5 * kl - ours.gather(1, torch.tensor(ids)[at, None])[:, 0]).sum() / sum(map(len, scored))
+    assert_gradient(found, loss, model)
+
+
+def test_measure_by_hand(tokenizer):
+    """Two micro-batches, of 3 and 1 tokens and 2 and 1 spans: means over the tokens, `clipped` over the spans."""
+    names = "logp_old", "logp_ref", "logp_sampled", "entropy"
+    scored = [SimpleNamespace(**dict(zip(names, map(torch.tensor, values)))) for values in (
+        ([-1.0, -2.0, -3.0], [-2.0, -2.0, -4.0], [-1.5, -1.5, -3.0], [1.0, 2.0, 3.0]), ([-1.0], [-1.0], [-1.0], [0.0]))]
+    credits = [rl.Credit([1, 1], [1.0, -1.0], [0.0, 0.0]), rl.Credit([1], [-1.0], [0.0])]
+    outside, cfg = torch.tensor([True, False, False]), train_rl.Config(model="", out="")
+    group = [response(code, tokenizer) for code in ("+c", "-")]
+    row = train_rl.measure(group, credits, scored, outside, Ranks(torch.device("cpu")), cfg)
+    assert (row["kl"], row["entropy"], row["gap"], row["reward"]) == (2 / 4, 6 / 4, 1 / 4, -1 / 2)
+    assert row["clipped"] == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize("level", ["outcome", "process"])

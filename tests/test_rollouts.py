@@ -7,7 +7,7 @@ import pytest
 from s2r.data import Problem, read_jsonl, write_jsonl
 from s2r.generate import Rollout
 from s2r.model import Transformer
-from s2r.rollouts import load_rollouts, roll_out
+from s2r.rollouts import encode_prompts, load_rollouts, roll_out
 from s2r.hf.tokenizer import Tokenizer
 from s2r.grammar import encode, prompt
 from tiny_model import steps, tiny_model
@@ -107,3 +107,10 @@ def test_roll_out_names_the_problem_whose_prompt_leaves_no_room(model, tokenizer
     problems = [PROBLEM, Problem("word " * 200, "7", "long/9")]
     with pytest.raises(ValueError, match=r"long/9: its prompt has \d+ tokens, the model's context 160"):
         roll_out(model, tokenizer, problems, n=1, temperature=1.0, max_new_tokens=9, seed=0)
+
+
+def test_prompt_that_fills_the_context_is_refused(tokenizer):
+    ids = prompt(PROBLEM.problem, tokenizer)
+    assert encode_prompts([PROBLEM], tokenizer, len(ids) + 1) == [ids]
+    with pytest.raises(ValueError, match="problem sum/34: its prompt has"):
+        encode_prompts([PROBLEM], tokenizer, len(ids))

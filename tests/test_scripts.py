@@ -1,9 +1,11 @@
 """The three scripts end to end on a tiny model: what they write, exact resume, and what bad input gets (DESIGN §5)."""
 
 import hashlib
+import inspect
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +21,9 @@ from safetensors.torch import load_file, save_file
 import sample
 import train_rl
 import train_sft
-from s2r.data import read_jsonl, write_jsonl
+from s2r.data import load_trajectories, read_jsonl, write_jsonl
+from s2r.hf.tokenizer import Tokenizer
+from s2r.packing import sft_sequences
 from s2r.rollouts import roll_out
 from s2r.run import checkpoint, loop, ranks
 from s2r.run.flags import start
@@ -73,6 +77,19 @@ def test_train_sft_learns_and_writes_a_run_folder(world):
     assert [row["lr"] for row in rows[:6]] == pytest.approx([2e-3, 4e-3, 6e-3, 8e-3, 1e-2, 1e-2])
 
 
+def test_sft_epochs_go_through_the_data(world, tmp_path):
+    """The batches of an epoch differ, each epoch reads every token once, and the logged KL is not times its weight."""
+    rows = {}
+    for kl in (0.5, 1e-9):
+        settings = SFT | {"model": world.base, "data": world.trajectories, "out": str(tmp_path / f"{kl}"), "epochs": 3, "lr": 1e-4}
+        train_sft.main(train_sft.Config(**settings | {"kl": kl, "warmup": 0}))
+        rows[kl] = log(tmp_path / f"{kl}")
+    tokens = [row["tokens"] for row in rows[0.5]]
+    sequences, _ = sft_sequences(load_trajectories(world.trajectories), Tokenizer.from_pretrained(world.base), 10**6, unmasked=False)
+    assert sum(tokens[:2]) == sum(tokens[2:4]) == sum(tokens[4:]) == sum(map(len, sequences)) and len(set(tokens)) > 2
+    assert rows[0.5][1]["kl"] == pytest.approx(rows[1e-9][1]["kl"], rel=0.05) and rows[0.5][1]["kl"] > 1e-6
+
+
 def test_train_sft_teaches_the_form_of_a_trajectory(world):
     """After SFT the greedy response to a problem of the data is a solve, then a verify with a verdict, then the end."""
     model, tokenizer = loop.load(SimpleNamespace(model=world.sft), ranks.Ranks(torch.device("cpu")), torch.float32)
@@ -111,6 +128,21 @@ def test_train_rl_writes_a_run_folder_that_opens_again(level, world, tmp_path, c
     assert start.keys() == end.keys() and any(not torch.equal(start[name], end[name]) for name in start)
     sample.main(sample.Config(model=str(out), ask="1+1?", answer="2", max_new_tokens=20))
     assert "gold answer 2, outcome reward" in capsys.readouterr().out
+
+
+def test_steps_of_rl_go_through_the_data_and_evaluations_are_greedy(world, tmp_path, monkeypatch):
+    asked, seen = [], []
+
+    def watched(model, tokenizer, problems, prepared=loop.roll_out, **options):
+        asked.append((len(problems), options["n"], options["temperature"]))
+        seen.extend(problem.unique_id for problem in problems)
+        return prepared(model, tokenizer, problems, **options)
+
+    monkeypatch.setattr(loop, "roll_out", watched)
+    train_rl.main(train_rl.Config(model=world.base, data=world.problems, out=str(tmp_path / "rl"), eval_data=world.problems,
+                                  eval_every=4, **RL | {"max_new_tokens": 8}))  # fmt: skip
+    assert asked == [(16, 1, 0.0), *[(4, 4, 0.7)] * 4, (16, 1, 0.0)]
+    assert sorted(seen[16:32]) == sorted(seen[:16])  # each problem once
 
 
 def test_train_rl_process_level_needs_one_rollout_only(world, tmp_path):
@@ -198,6 +230,13 @@ def test_sample_killed_at_any_point_goes_on_and_samples_nothing_twice(world, tmp
         with pytest.raises(ValueError, match="killed.begun holds rollouts of a run that was cut short.*delete it"):
             run("killed", **flags)
         assert begun.read_bytes() == journal
+
+
+def test_sample_keeps_what_it_sampled_until_the_rollouts_are_written(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "write_jsonl", lambda path, rows: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        sample.main(sample.Config(model=world.base, data=world.problems, limit=2, max_new_tokens=4, out=str(tmp_path / "r.jsonl"), show=0))
+    assert len((tmp_path / "r.jsonl.begun").read_text().splitlines()) == 3  # settings and two rollouts
 
 
 def test_sample_asks_one_problem(world, tmp_path, capsys):
@@ -440,7 +479,7 @@ def test_no_example_within_max_length_is_an_error(refused, world):
 
 
 @pytest.mark.parametrize(("name", "setting"), [
-    ("train_sft", "warmup"), ("train_sft", "kl"), ("train_rl", "warmup"), ("train_rl", "beta"), ("sample", "temperature")])
+    ("train_sft", "warmup"), ("train_sft", "kl"), ("train_rl", "warmup"), ("train_rl", "beta")])
 def test_negative_settings_are_named(name, setting, refused):
     error = refused(name, **{setting: -1})
     assert error.startswith(f"error: --{setting} -1") and error.endswith(": give a finite number, 0 or more\n")
@@ -456,6 +495,17 @@ def test_sample_writes_over_no_problem_file_and_takes_no_answer_for_one(refused,
     before = data.read_bytes()
     assert "it is the problem file" in refused("sample", data=data, out=tmp_path / "." / "p.jsonl")
     assert "--answer belongs to --ask" in refused("sample", answer="2") and data.read_bytes() == before
+
+
+def test_settings_that_contradict_are_named(refused, world):
+    assert "and not both" in refused("train_rl", offline=world.problems)
+    assert "--baseline context: it belongs to --offline" in refused("train_rl", baseline="context")
+
+
+@pytest.mark.parametrize("config", [train_sft.Config, train_rl.Config])
+def test_defaults_are_those_that_the_comments_give_as_the_papers(config):
+    said = re.findall(r"^    (\w+): .*\(paper: ([\d.e-]+)[;, )]", inspect.getsource(config), re.MULTILINE)
+    assert len(said) >= 7 and all(getattr(config, name) == float(value) for name, value in said)
 
 
 @pytest.mark.parametrize("name", ["train_sft", "train_rl"])
@@ -676,8 +726,3 @@ def test_command_with_bad_data_exits_2_with_one_line(world, tmp_path):
     done = python("train_rl.py", "--model", world.sft, "--data", str(data), "--out", str(out))
     assert (done.returncode, done.stdout) == (2, "") and not out.exists()
     assert done.stderr.startswith(f"error: {data}: row 1: not JSON") and done.stderr.count("\n") == 1
-
-
-def test_command_with_an_unknown_flag_exits_2_with_usage():
-    done = python("train_sft.py", "--learning-rate", "1")
-    assert done.returncode == 2 and done.stderr.startswith("usage: train_sft.py") and "--learning-rate" in done.stderr

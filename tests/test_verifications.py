@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+import zlib
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -10,6 +11,7 @@ import pytest
 
 from s2r.data import load_trajectories, read_jsonl, write_jsonl
 from s2r.grammar import VERDICT_SENTENCE, VERIFY_OPENING
+from s2r.hf.tokenizer import Tokenizer
 from s2r.stage0 import build
 from s2r.stage0.verifications import CHECK, REWORD, STYLES, Config, as_self_check, endpoint, main, wanted
 from tiny_model import tiny_model
@@ -60,6 +62,7 @@ class Server:
     def __init__(self, behave=lambda handler, question, times: False):
         self.asked: Counter[str] = Counter()
         self.headers: list[dict] = []
+        self.settings: list[tuple] = []
         lock, server = threading.Lock(), self
 
         class Handler(BaseHTTPRequestHandler):
@@ -69,6 +72,7 @@ class Server:
                 with lock:
                     server.asked[question] += 1
                     server.headers.append(dict(self.headers))
+                    server.settings.append((body["model"], body["temperature"], body["max_tokens"]))
                 if behave(self, question, server.asked[question]):
                     return
                 problem = next(line for line in question.splitlines() if line.startswith("Problem: "))
@@ -99,18 +103,20 @@ class Server:
         self.http.server_close()
 
 
-def run(server: Server, rows: list[dict], **change) -> dict[tuple[str, str], str]:
-    cfg = Config("r.jsonl", "v.jsonl", api_base=server.base, api_model="some-model")
-    verified = endpoint(cfg, wanted(rows), **{"key": None, "pause": 0.01, "timeout": 0.5} | change)
+def run(server: Server, rows: list[dict], settings: dict = {}, **change) -> dict[tuple[str, str], str]:
+    cfg = Config("r.jsonl", "v.jsonl", api_base=server.base, api_model="some-model", **settings)
+    verified = endpoint(cfg, wanted(rows), **{"key": None, "pause": 0.01, "timeout": 5} | change)
     return {(row["unique_id"], row["answer"]): text for row, text in verified}
 
 
 def test_endpoint_verifies_every_answer_with_two_questions():
     with Server() as server:
-        found = run(server, rollouts(5), key="secret")
+        found = run(server, rollouts(5), {"style": "solving", "temperature": 0.3, "max_new_tokens": 77}, key="secret")
     assert len(found) == 10 and set(server.asked.values()) == {1} and sum(server.asked.values()) == 20
     assert found["sum/3", "4"].endswith("is correct.") and found["sum/3", "5"].endswith("is incorrect.")
     assert {header["Authorization"] for header in server.headers} == {"Bearer secret"}
+    assert set(server.settings) == {("some-model", 0.3, 77)}
+    assert sum(STYLES["solving"] in question for question in server.asked) == 10  # the other ten are to reword
 
 
 def test_endpoint_loses_nothing_to_failures_stalls_and_garbage():
@@ -120,11 +126,11 @@ def test_endpoint_loses_nothing_to_failures_stalls_and_garbage():
     def misbehave(handler, question, times) -> bool:
         if times > 2:
             return False
-        trouble = hash(question) % 6
+        trouble = zlib.crc32(question.encode()) % 6
         if trouble == 0:
             handler.say("busy", status=(429, 503)[times - 1])
         elif trouble == 1:
-            stop.wait(2)  # longer than the client waits
+            stop.wait(30)  # longer than the client waits
         elif trouble == 2:
             handler.say(None if times == 1 else "  ")
         elif trouble == 3:
@@ -139,7 +145,7 @@ def test_endpoint_loses_nothing_to_failures_stalls_and_garbage():
         return True
 
     with Server(misbehave) as server:
-        found = run(server, rollouts(12))
+        found = run(server, rollouts(12), timeout=2)
         stop.set()
     assert len(found) == 24 and all(text.endswith("correct.") for text in found.values())
     assert set(server.asked.values()) == {3}
@@ -204,12 +210,13 @@ def test_command_resumes_after_a_crash_without_asking_again(tmp_path, monkeypatc
     assert len(examples) == 8 and all(len(e.trajectory) == 4 for e in examples)
 
 
-def test_command_with_a_local_model_runs_through_our_sampler(tmp_path, capsys):
+def test_command_with_a_local_model_runs_through_our_sampler(tmp_path, capsys, monkeypatch):
     """A random model's replies are worthless, and stage 0 says so; what matters is that each answer has one."""
     write_jsonl(tmp_path / "r.jsonl", rollouts(3))
-    folder = tiny_model(tmp_path / "model", context=1024)
+    folder, asked = tiny_model(tmp_path / "model", context=1024), []
+    monkeypatch.setattr(Tokenizer, "chat", lambda self, messages, chat=Tokenizer.chat: (asked.append(messages[0]["content"]), chat(self, messages))[1])
     command(tmp_path, model=str(folder), max_new_tokens=8, batch=2, style="solving")
-    assert len(read_jsonl(tmp_path / "v.jsonl")) == 6
+    assert len(read_jsonl(tmp_path / "v.jsonl")) == 6 and sum(STYLES["solving"] in question for question in asked) == 6
     with pytest.raises(ValueError, match="no problem gives a trajectory"):
         trajectories(tmp_path)
     assert "does not match the truth" in capsys.readouterr().out
