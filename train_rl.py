@@ -83,7 +83,8 @@ def main(cfg: Config) -> None:
     else:
         collect, credit, recorded = online_source(cfg, problems, sampler)
     if ranks.rank == 0:
-        print(memory.report(cfg, model, ranks, sequences=sequences(recorded)[0], prompts=prompts))
+        held_out = len(sampler.prompts)
+        print(memory.report(cfg, model, ranks, sequences=sequences(recorded)[0], prompts=prompts, held_out=held_out))
     run = Run(cfg, ranks, data=cfg.offline or cfg.data, steps=cfg.steps)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=True)
     done = run.restore(model, optimizer)

@@ -54,7 +54,7 @@ def generate(
     or one that leaves no room in the model's context, and for settings that make no sense.
     """
     assert model.embed.dtype == model.dtype, "sample from a copy in the compute dtype, not from master weights"
-    if max_new_tokens < 1 or temperature < 0 or slots < 1 or n < 1:
+    if max_new_tokens < 1 or not temperature >= 0 or slots < 1 or n < 1:
         found = f"max_new_tokens {max_new_tokens}, temperature {temperature}, slots {slots}, n {n}"
         raise ValueError(f"{found}: the temperature is at least 0, the others at least 1")
     context = model.config.max_positions
@@ -110,7 +110,7 @@ class _Rows:
         device = model.embed.device
         capacity = min(max(map(len, prompts)) + max_new_tokens, model.config.max_positions)
         self.model, self.prompts, self.temperature = model, prompts, temperature
-        self.prefill_tokens, self.room = prefill_tokens, max_new_tokens
+        self.prefill_tokens, self.room = prefill_tokens, min(max_new_tokens, capacity)
         self.jobs: list[tuple[int, int]] = []
         self.prefilled: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # prompt → its k and v, (L, t, G, E)
         self.cache = Cache(model.config, slots, capacity, model.dtype, device)

@@ -57,7 +57,7 @@ class Trajectory:
 def load_rollouts(path: str | Path, tokenizer: Tokenizer) -> list[Trajectory]:
     """The trajectories of a rollout file, parsed and judged anew.
 
-    Raises FileNotFoundError, and ValueError naming file and row: a field that is missing or of another type, ids that
+    Raises FileNotFoundError, and ValueError naming file and row: a field that is missing or cannot be read, ids that
     this tokenizer does not have, an answer that cannot be graded against.
     """
     trajectories = []
@@ -73,13 +73,13 @@ def load_rollouts(path: str | Path, tokenizer: Tokenizer) -> list[Trajectory]:
                 raise ValueError(f"gold answer {row['answer']!r} cannot be parsed")
             problem = Problem(row["problem"], str(row["answer"]), str(row["unique_id"]), row.get("level"))
             trajectory = Trajectory.judged(
-                tokenizer, problem, ids, finished=bool(row["finished"]), prompt_ids=prompt_ids, logp=logp,
+                tokenizer, problem, ids, finished=ids[-1] in tokenizer.stop_ids, prompt_ids=prompt_ids, logp=logp,
                 sample=int(row["sample"]), temperature=float(row["temperature"]),
             )  # fmt: skip
             audits = {action["start"]: action.get("sound") for action in row.get("actions", [])}
             actions = [replace(action, sound=audits.get(action.start)) for action in trajectory.actions]
             trajectories.append(replace(trajectory, actions=actions))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             what = f"no {error}" if isinstance(error, KeyError) else error
             raise ValueError(f"{path}: row {number}: {what}; give a file that sample.py --out wrote") from None
     return trajectories

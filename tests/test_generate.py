@@ -313,7 +313,7 @@ def test_prompt_without_room_raises(length):
     assert small().packed is None
 
 
-@pytest.mark.parametrize("settings", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"n": 0}, {"slots": 0}], ids=str)
+@pytest.mark.parametrize("settings", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"n": 0}, {"slots": 0}], ids=str)
 def test_settings_that_make_no_sense_raise(settings):
     with pytest.raises(ValueError, match=f"{next(iter(settings))} {next(iter(settings.values()))}"):
         run(**settings)

@@ -57,7 +57,7 @@ def world(tmp_path_factory):
 SFT = {"data": "trajectories.jsonl", "epochs": 1, "batch_size": 4, "kl": 0.01, "tokens_per_microbatch": 500}
 RL = {"data": "problems.jsonl", "problems": 2, "rollouts": 4, "updates": 2, "steps": 1, "max_new_tokens": 150,
       "beta": 0.05, "tokens_per_microbatch": 500}  # fmt: skip
-RUNS = {"sft": ("sft", SFT), "sft-recompute": ("sft", SFT | {"checkpointing": True}), "rl": ("rl", RL)}
+RUNS = {"sft": ("sft", SFT), "sft-recompute": ("sft", SFT | {"checkpointing": True}), "rl": ("rl", RL), "rl-lora": ("rl", RL | {"lora": 4})}
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc, which Linux has")
@@ -104,8 +104,10 @@ def test_what_a_run_does_without_is_not_counted():
     assert estimate(reference=False)["always"]["reference"] == 0
     assert estimate(slots=0, ranks=8)["always"]["sampler"] == 0
     rest = 2 * memory.parameters(SMALL)[2]  # of π_base, whose head SFT's KL reads in the backward pass
-    sft, rl = (estimate(slots=n, ranks=8)["update"]["working copy"] for n in (0, 5))
-    assert sft == rl + rest and estimate(slots=0, ranks=8, reference=False)["update"]["working copy"] == rl
+    sft, rl = (estimate(sft=sft, ranks=8)["update"]["working copy"] for sft in (True, False))
+    assert sft == rl + rest and estimate(sft=True, ranks=8, reference=False)["update"]["working copy"] == rl
+    assert estimate()["rollout"]["packed"] == estimate(slots=0, gpu=False)["rollout"]["packed"] == 0
+    assert estimate(gpu=False)["rollout"]["packed"] == 2 * P
     assert estimate(itemsize=4)["always"]["sampler"] == 0  # one process in fp32 samples from the weights themselves
     assert estimate(itemsize=4)["update"]["working copy"] == estimate(checkpointing=True)["update"]["working copy"] == 0
 
@@ -135,15 +137,19 @@ def test_report_takes_settings_and_lengths_from_the_script(monkeypatch):
     def wanted(ranks: int = 1, **settings):
         return estimate(ranks=ranks, itemsize=4, gpu=False, **settings)
 
-    assert parts(sft, sequences=[[0] * 100, [0]]) == wanted(tokens=150, slots=0, capacity=100)
+    assert parts(sft, sequences=[[0] * 100, [0]]) == wanted(tokens=150, sft=True, slots=0, capacity=100)
     sft.tokens_per_microbatch = 10**6  # more than there is: 8 sequences on one rank, 2 on each of four
     assert parts(sft, sequences=[[0] * 100])["update"] == wanted(tokens=800)["update"]
-    assert parts(sft, ranks=4, sequences=[[0] * 100])["update"] == wanted(ranks=4, tokens=200, slots=0)["update"]
+    assert parts(sft, ranks=4, sequences=[[0] * 100])["update"] == wanted(ranks=4, tokens=200, sft=True)["update"]
     found = parts(rl, ranks=4, prompts=[[0] * 20, [0]])
     assert found == wanted(ranks=4, tokens=120, reference=False, slots=4, capacity=60)
     rl.beta, rl.tokens_per_microbatch = 0.1, 10  # a longer sequence is a micro-batch of its own
     assert parts(rl, prompts=[[0] * 20]) == wanted(tokens=60, slots=6, capacity=60)
+    rl.slots = 128  # 16 rollouts a step, 30 answers at once in an evaluation
+    assert parts(rl, prompts=[[0] * 20] * 50, held_out=30) == wanted(tokens=60, slots=30, capacity=60)
+    assert parts(rl, prompts=[[0] * 20] * 50, held_out=3) == wanted(tokens=60, slots=16, capacity=60)
     rl.beta, rl.offline = 0.0, "rollouts.jsonl"
+    assert parts(rl, prompts=[[0] * 20] * 3, held_out=3) == wanted(tokens=60, slots=3, capacity=60)
     assert parts(rl, sequences=[[0] * 100]) == wanted(tokens=100, slots=0, capacity=100)
 
 

@@ -328,6 +328,7 @@ def test_bf16_compute_gives_fp32_gradients_to_master_weights(family, checkpointi
     ({"model_type": None}, "model_type None"),
     ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}}, "rope type 'yarn'"),
     ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type 'linear'"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope type 'yarn'"),
     ({"attention_bias": True}, "attention_bias True"),
     ({"mlp_bias": True}, "mlp_bias True"),
     ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),

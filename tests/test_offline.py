@@ -122,6 +122,8 @@ def test_load_rollouts_gives_back_what_was_written(tokenizer, tmp_path):
     group = [of("p", "-i+c", tokenizer), of("q", "+?", tokenizer)]
     write_jsonl(tmp_path / "r.jsonl", (t.to_row() for t in group))
     assert load_rollouts(tmp_path / "r.jsonl", tokenizer) == group
+    write_jsonl(tmp_path / "r.jsonl", (t.to_row() | {"finished": not t.finished} for t in group))  # the stop token tells
+    assert load_rollouts(tmp_path / "r.jsonl", tokenizer) == group
 
 
 @pytest.mark.parametrize("field, value", [

@@ -190,6 +190,17 @@ def test_chat_of_unusual_template_equals_transformers(tmp_path):
         ours.chat([{"role": "tool", "content": "x"}])
 
 
+def test_special_tokens_of_old_folders_equal_transformers(tmp_path):
+    """They name bos_token in special_tokens_map.json alone."""
+    transformers = pytest.importorskip("transformers")
+    folder = tiny_tokenizer(tmp_path)
+    template = json.loads((folder / "tokenizer_config.json").read_text())["chat_template"]
+    edit(folder, "tokenizer_config.json", chat_template="{{ bos_token }}" + template)
+    edit(folder, "special_tokens_map.json", bos_token="<|im_start|>")
+    ours, reference = Tokenizer.from_pretrained(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    assert ours.chat(user("x")) == reference_chat(reference, user("x")) and ours.chat(user("x"))[0] == ours.chat(user("x"))[1]
+
+
 def test_stop_ids_are_the_union_of_configs_and_template(tmp_path):
     folder = tiny_tokenizer(tmp_path)
     assert Tokenizer.from_pretrained(folder).stop_ids == {2}

@@ -55,7 +55,7 @@ class ModelConfig:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; --model wants a Hugging Face model folder")
         hf = read_json(path)
-        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+        rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
         if not isinstance(rope, dict):
             raise ValueError(f"{path}: the rope settings are {rope!r}, not an object; {AGAIN}")
         settings = hf | {name: value for name, value in rope.items() if value is not None}

@@ -96,9 +96,9 @@ class Tokenizer:
         self._byte_of_char = _byte_of_char() if "ByteLevel" in repr(self._backend.decoder) else {}
         self._adds_space = self.decode(self._ids("a")).startswith(" ")
 
-        names = ("tokenizer_config.json", "generation_config.json", "config.json")
+        names = ("special_tokens_map.json", "tokenizer_config.json", "generation_config.json", "config.json")
         files = {name: read_json(self.folder / name) for name in names if (self.folder / name).exists()}
-        config = files.pop("tokenizer_config.json", {})
+        config = files.pop("special_tokens_map.json", {}) | files.pop("tokenizer_config.json", {})
         self._template = _compile(self.folder, config)
         tokens = {name: token.get("content") if isinstance(token, dict) else token for name, token in config.items()}
         # The template's variables: bos_token, eos_token, …

@@ -9,8 +9,9 @@ larger of "rollout" and "update".
     always    weights        4P/n                       fp32, spread over the processes of a machine (FSDP2)
               AdamW          8P/n                       two moments in fp32; 0 with --offload
               reference      aP/n                       π_ref or π_base; 0 with --beta 0 or --kl 0
-              sampler        aP                         a whole copy if a = 2 or n > 1 and RL samples
+              sampler        aP                         a whole copy, if anything is sampled and a = 2 or n > 1
     rollout   cache          a·2·L·G·E per token        of --slots rows, each with prompt and response
+              packed         aP                         on a CPU: the matrices once more, laid out for decoding
     update    gradients      4P/n                       fp32
               working copy   aP                         0 in fp32 or with --checkpointing
                              a·(2·rest + 3·block)       n > 1: rest with its gradients (SFT: and π_base's), three blocks
@@ -19,7 +20,7 @@ larger of "rollout" and "update".
               head           8·V·D + a slab of logits   the gradient of its matrix, twice
 
 With --lora, of A parameters, these lines become: weights (aP + 4A)/n, AdamW 8A/n, reference 0, sampler 0 if n = 1,
-gradients 4A/n, working copy 0 or a·(rest + 3·block), head a slab of logits.
+gradients 4A/n, working copy 0 or a·(rest + 3·block), head a slab of logits. Evaluations count as rollouts.
 
 Not counted: torch and CUDA themselves, NCCL's buffers, the work of a single layer, the allocator's reserve.
 `tests/test_memory.py` compares the sum with peaks measured on a CPU, docs/gpu.md with one on a GPU. Called by the training
@@ -49,14 +50,14 @@ def parameters(c: ModelConfig) -> tuple[int, int, int]:
 
 def estimate(
     c: ModelConfig, *, ranks: int, itemsize: int, gpu: bool, tokens: int, checkpointing: bool, offload: bool,
-    reference: bool, slots: int = 0, capacity: int = 0, lora: int = 0,
+    reference: bool, sft: bool = False, slots: int = 0, capacity: int = 0, lora: int = 0,
 ) -> dict[str, dict[str, float]]:  # fmt: skip
     """Phase → part → bytes, as in the table above; `slots` rows of `capacity` tokens are sampled at once."""
     n, a, T, (P, block, rest) = ranks, itemsize, tokens, parameters(c)
     L, D, H, G, E, F = c.num_layers, c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim, c.intermediate_size
     layer = 4 * D + 3 * (H + G) * E + (3 if gpu else 4) * F
     trained = L * lora * (4 * D + 2 * (H + G) * E + 3 * F) if lora else P  # in rows and columns of the four matrices
-    rests = 1 if lora else 3 if reference and not slots else 2  # SFT's KL reads the base's head in the backward pass
+    rests = 1 if lora else 3 if reference and sft else 2  # SFT's KL reads the base's head in the backward pass
     copy = slots and (n > 1 or (a == 2 and not lora))
     cast = a * P if a == 2 and not checkpointing and not lora else 0
     return {
@@ -66,7 +67,7 @@ def estimate(
             "reference": a * P / n if reference and not lora else 0,
             "sampler": a * P if copy else 0,
         },
-        "rollout": {"cache": a * 2 * L * G * E * slots * capacity},
+        "rollout": {"cache": a * 2 * L * G * E * slots * capacity, "packed": 0 if gpu or not slots else a * P},
         "update": {
             "gradients": 4 * trained / n,
             "working copy": a * (rests * rest + 3 * block) if n > 1 else cast,
@@ -85,13 +86,19 @@ def text(parts: dict[str, dict[str, float]]) -> str:
     return f"memory, estimated to ± 25 %: {terms} = {sums[most]:.3g} GB at the peak, in the {most}{less}"
 
 
-def report(cfg, model, ranks, *, sequences: Sequence[list[int]] = (), prompts: Sequence[list[int]] = ()) -> str:
-    """The estimate for a training script with these settings, which learns from `sequences`, samples `prompts`."""
+def report(
+    cfg, model, ranks, *, sequences: Sequence[list[int]] = (), prompts: Sequence[list[int]] = (), held_out: int = 0
+) -> str:
+    """The estimate for a training script with these settings, which learns from `sequences`, and samples from `prompts`.
+
+    Of these prompts `held_out` are those of an evaluation, which samples all of them at once.
+    """
     rl, c = hasattr(cfg, "rollouts"), model.config
     batch = cfg.problems * cfg.rollouts if rl else cfg.batch_size
     longest, slots = max(map(len, sequences), default=0), 0
     if prompts:
-        slots = min(cfg.slots, math.ceil((batch if rl else len(prompts)) / ranks.size))
+        at_once = max(held_out, batch if rl and not cfg.offline else 0)
+        slots = min(cfg.slots, math.ceil(at_once / ranks.size))
         longest = max(longest, min(max(map(len, prompts)) + cfg.max_new_tokens, c.max_positions))
     largest = math.ceil(cfg.problems / cfg.updates) * cfg.rollouts if rl else batch  # sequences of an optimizer step
     rows = math.ceil(largest / ranks.size)
@@ -99,7 +106,7 @@ def report(cfg, model, ranks, *, sequences: Sequence[list[int]] = (), prompts: S
     return text(estimate(
         c, ranks=ranks.spread, itemsize=model.dtype.itemsize, gpu=ranks.device.type == "cuda",
         tokens=min(max(cfg.tokens_per_microbatch, longest), rows * longest), checkpointing=cfg.checkpointing,
-        offload=cfg.offload, reference=reference, slots=slots, capacity=longest, lora=cfg.lora,
+        offload=cfg.offload, reference=reference, sft=not rl, slots=slots, capacity=longest, lora=cfg.lora,
     ))  # fmt: skip
 
 
@@ -123,8 +130,8 @@ def main(cfg: Config) -> None:
     for stage, slots in (("SFT", 0), ("RL", min(cfg.slots, math.ceil(ROLLOUTS / cfg.gpus)))):
         print(f"{stage}:", text(estimate(
             c, ranks=cfg.gpus, itemsize=2, gpu=True, tokens=max(cfg.tokens_per_microbatch, longest),
-            checkpointing=cfg.checkpointing, offload=cfg.offload, reference=True, slots=slots, capacity=longest,
-            lora=cfg.lora,
+            checkpointing=cfg.checkpointing, offload=cfg.offload, reference=True, sft=not slots,
+            slots=slots, capacity=longest, lora=cfg.lora,
         )))  # fmt: skip
 
 
