@@ -37,7 +37,7 @@ evaluate() { # name, model folder: greedy answers and sampled ones
     --out "$F/$1.sampled.jsonl" --report "$F/$1.sampled.json"
 }
 sft="train_sft.py --lr 1e-4 --batch-size 16 --max-length 1024 --tokens-per-microbatch 2048"
-rl="train_rl.py --problems 16 --rollouts 4 --updates 1 --beta 0.01 --lr 2e-5 --steps 24 --max-new-tokens 400
+rl="train_rl.py --problems 16 --rollouts 4 --updates 4 --beta 0.01 --lr 2e-5 --steps 24 --max-new-tokens 400
   --tokens-per-microbatch 2048 --temperature 1.0"
 
 # Problems whose formula can be undone: for stages 0 and 1, for RL, for the test.
@@ -58,7 +58,7 @@ make "$F/trajectories.jsonl" -m s2r.stage0.verifications --rollouts "$F/samples.
 make "$F/trajectories.jsonl" -m s2r.stage0.build --rollouts "$F/samples.jsonl" --verifications "$F/checks.jsonl" \
   --seed "$seed" --keep 1 1 1 1 --out "$F/trajectories.jsonl"
 cat "$F/trajectories.jsonl" "$F/arithmetic.jsonl" > "$F/stage1.jsonl"
-train sft $sft --model "$F/warm" --data "$F/stage1.jsonl" --kl 0.01 --epochs 2
+train sft $sft --model "$F/warm" --data "$F/stage1.jsonl" --kl 0.01 --epochs 3
 evaluate sft "$F/sft"
 
 # Stage 2: on problems that no stage has seen, without those that the warm-up model never solves.
@@ -72,9 +72,9 @@ for level in outcome process; do
 done
 
 # Controls, each with at least as many updates as the models that it stands beside: the runs above, continued.
-longer warm-plus warm $sft --model "$model" --data "$F/warm.jsonl" --kl 0 --epochs 5
+longer warm-plus warm $sft --model "$model" --data "$F/warm.jsonl" --kl 0 --epochs 7
 evaluate warm-plus "$F/warm-plus"
-longer sft-plus sft $sft --model "$F/warm" --data "$F/stage1.jsonl" --kl 0.01 --epochs 3
+longer sft-plus sft $sft --model "$F/warm" --data "$F/stage1.jsonl" --kl 0.01 --epochs 6
 evaluate sft-plus "$F/sft-plus"
 sample "$F/votes.json" "$F/warm" "$F/test.jsonl" --n 16 --temperature 0.7 --max-new-tokens 128 \
   --out "$F/votes.jsonl" --report "$F/votes.json"

@@ -99,14 +99,14 @@ DIFFERENCES = {
 }
 
 
-def model_row(name: str, seeds: list[dict]) -> str:
+def model_row(text: str, seeds: list[dict]) -> str:
     """A line of a table of models: means over the seeds, and the accuracy of each."""
     values = {key: [one[key] for one in seeds] for key in COLUMNS}
     means = {key: None if None in value else mean(value) for key, value in values.items()}
     accuracy, *cells = re.split(" {2,}", table({"": means | {"by_level": {}}}).splitlines()[1].strip())
     del cells[5]  # CP, which the page leaves out
     each = ", ".join(f"{100 * value:.1f}" for value in values["accuracy"])
-    return f"| {MODELS[name]} | {accuracy} ({each}) | {' | '.join(cells)} |"
+    return f"| {text} | {accuracy} ({each}) | {' | '.join(cells)} |"
 
 
 def difference_row(text: str, pairs: list[tuple[dict, dict]]) -> str:
@@ -128,8 +128,17 @@ def expected_rows() -> list[str]:
     for kind in ("", ".sampled"):
         names = [name for name in MODELS if not kind or name != "base"]
         seeds = [{name: json.loads((folder / f"{name}{kind}.json").read_text()) for name in names} for folder in folders]
-        rows += [model_row(name, [reports[name] for reports in seeds]) for name in names]
+        rows += [model_row(MODELS[name], [reports[name] for reports in seeds]) for name in names]
         rows += [difference_row(text, [(r[x], r[y]) for r in seeds]) for text, (x, y) in DIFFERENCES.items()]
+    return rows
+
+
+def expected_rows_of_the_trial() -> list[str]:
+    rows, real = [], ROOT / "docs" / "real"
+    for kind, what in (("", "greedy"), (".sampled", "sampled")):
+        for text, where, name in (("+ SFT, 3 epochs", real, "sft-plus"), ("+ process-level RL", real / "trial", "rl-process-4")):
+            seeds = [json.loads((where / f"seed-{seed}" / f"{name}{kind}.json").read_text()) for seed in (0, 1)]
+            rows.append(model_row(f"{text}, {what}", seeds))
     return rows
 
 
@@ -137,4 +146,4 @@ def test_the_tables_of_the_page_are_what_the_kept_reports_give():
     page = (ROOT / "docs" / "real_model.md").read_text(encoding="utf-8")
     result = page[page.index("## Result") : page.index("## The checks")]
     rows = [line for line in result.splitlines() if line.startswith("| ") and not line.startswith(("| seeds", "| difference"))]
-    assert rows == expected_rows()
+    assert rows == expected_rows() + expected_rows_of_the_trial()

@@ -72,7 +72,7 @@ class Ranks:
         return sorted(mine)
 
     def even(self, packs: list[Pack]) -> list[Pack]:
-        """The micro-batches, and as many without any scored token as make every rank run the model equally often.
+        """The micro-batches, filled up with empty ones until every rank has equally many.
 
         FSDP gathers parameters in every forward and backward pass, and all ranks have to take part in it.
         """
