@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -28,9 +29,21 @@ def run(*words: str | Path, cwd: Path) -> str:
     return done.stdout
 
 
+@pytest.fixture(scope="module")
+def tried(request, tmp_path_factory, base):
+    """page -> its fork being tried; as many at a time as there are cores, because each is a row of short processes."""
+    asked = [item.callspec.params["page"] for item in request.session.items if "fork_applies" in item.name]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {page: pool.submit(try_fork, page, tmp_path_factory.mktemp(page.stem), base) for page in asked}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_fork_applies_its_tests_pass_and_it_trains(page, tmp_path, base):
-    text, tree = page.read_text(encoding="utf-8"), tmp_path / "tree"
+def test_fork_applies_its_tests_pass_and_it_trains(page, tried):
+    tried[page].result()
+
+
+def try_fork(page: Path, folder: Path, base: Path) -> None:
+    text, tree = page.read_text(encoding="utf-8"), folder / "tree"
     for name in ("s2r", "kernels", "tests", "docs"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
     for path in ROOT.glob("*.*"):
@@ -42,13 +55,13 @@ def test_fork_applies_its_tests_pass_and_it_trains(page, tmp_path, base):
     assert tests and runs, "the page names no test, or no run"
     for words in tests:
         run(sys.executable, "-m", "pytest", "-q", *words.split(), cwd=tree)
-    problems = problem_file(tmp_path / "problems.jsonl")
+    problems = problem_file(folder / "problems.jsonl")
     for name, flags in runs:
         run(
-            sys.executable, "train_rl.py", "--model", base, "--data", problems, "--out", tmp_path / name, *TWO_STEPS,
+            sys.executable, "train_rl.py", "--model", base, "--data", problems, "--out", folder / name, *TWO_STEPS,
             *flags.split("#")[0].split(), cwd=tree,
         )  # fmt: skip
-        assert len((tmp_path / name / "log.jsonl").read_text().splitlines()) == 2
+        assert len((folder / name / "log.jsonl").read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
