@@ -369,6 +369,11 @@ Option C                ✓  C  ✗  O
 3 dozen                 ✓  36  ✗  3
 3\text{ million dollars}  ✓  3000000  ✗  3
 3\text{ squared}        ✗  3
+3\text{ cubed}          ✗  3
+3\text{ factorial}      ✗  3
+3\text{ tenths}         ✗  3
+3\text{ halves}         ✗  3
+5\text{ below}          ✗  5
 20\%\text{ increase}    ✓  20  20\%  ✗  20\%\text{ decrease}
 0.(3)                   ✓  \frac13  ✗  0  3
 0.\overline{3}4         ✗  \frac43  \frac13

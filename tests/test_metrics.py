@@ -199,6 +199,12 @@ def test_warnings_of_a_step_in_which_no_response_finished():
     assert warnings(summarize(rows), [1.0, -1.0]) == []
 
 
+def test_warnings_begin_above_80_percent_of_repeated_answers():
+    rows = [response("-i+c")] * 4 + [response("-i0")]
+    assert warnings(summarize(rows), [1.0, 1.0, 1.0, 1.0, -1.0]) == []
+    assert len(warnings(summarize(rows + [response("-i+c")]), [1.0, 1.0, 1.0, 1.0, -1.0, 1.0])) == 1
+
+
 @pytest.mark.parametrize("few, many", ["ci", "ic"])
 def test_warnings_begin_above_95_percent_of_equal_verdicts(few, many):
     rows = [response("-" + few)] + [response("+" + many)] * 19

@@ -474,8 +474,10 @@ def test_prompt_longer_than_the_context_is_named_before_anything_runs(name, refu
     assert "problem long/30: its prompt has" in refused(name, data=data)
 
 
-def test_no_example_within_max_length_is_an_error(refused, world):
+def test_no_example_within_max_length_or_the_context_is_an_error(refused, world, tmp_path):
     assert f"{world.trajectories}: no example is within 20 tokens" in refused("train_sft", max_length=20)
+    small = tiny_model(tmp_path / "small", context=60)
+    assert f"{world.trajectories}: no example is within 60 tokens" in refused("train_sft", model=small)
 
 
 @pytest.mark.parametrize(("name", "setting"), [
