@@ -233,7 +233,10 @@ def test_sample_killed_at_any_point_goes_on_and_samples_nothing_twice(world, tmp
 
 
 def test_sample_keeps_what_it_sampled_until_the_rollouts_are_written(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(sample, "write_jsonl", lambda path, rows: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    def full(path, rows):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sample, "write_jsonl", full)
     with pytest.raises(OSError, match="No space"):
         sample.main(sample.Config(model=world.base, data=world.problems, limit=2, max_new_tokens=4, out=str(tmp_path / "r.jsonl"), show=0))
     assert len((tmp_path / "r.jsonl.begun").read_text().splitlines()) == 3  # settings and two rollouts

@@ -214,7 +214,12 @@ def test_command_with_a_local_model_runs_through_our_sampler(tmp_path, capsys, m
     """A random model's replies are worthless, and stage 0 says so; what matters is that each answer has one."""
     write_jsonl(tmp_path / "r.jsonl", rollouts(3))
     folder, asked = tiny_model(tmp_path / "model", context=1024), []
-    monkeypatch.setattr(Tokenizer, "chat", lambda self, messages, chat=Tokenizer.chat: (asked.append(messages[0]["content"]), chat(self, messages))[1])
+
+    def watched(self, messages, chat=Tokenizer.chat):
+        asked.append(messages[0]["content"])
+        return chat(self, messages)
+
+    monkeypatch.setattr(Tokenizer, "chat", watched)
     command(tmp_path, model=str(folder), max_new_tokens=8, batch=2, style="solving")
     assert len(read_jsonl(tmp_path / "v.jsonl")) == 6 and sum(STYLES["solving"] in question for question in asked) == 6
     with pytest.raises(ValueError, match="no problem gives a trajectory"):
