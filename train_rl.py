@@ -76,15 +76,14 @@ def main(cfg: Config) -> None:
     old = reference if cfg.offline else model  # π_old: offline it stays the model that sampled
     stop = loop.Stop(ranks)
     sampler = loop.Sampler(cfg, ranks, model, tokenizer, stop)
-    prompts = encode_prompts(problems, tokenizer, model.config.max_positions) + sampler.prompts
+    prompts = encode_prompts(problems, tokenizer, model.config.max_positions)
     if cfg.offline:
         collect, credit, recorded = offline_source(cfg, tokenizer, reference, ranks)
         ranks.release(model)  # run as π_old with --lora, it is gathered; the optimizer needs it sharded
     else:
         collect, credit, recorded = online_source(cfg, problems, sampler)
     if ranks.rank == 0:
-        held_out = len(sampler.prompts)
-        print(memory.report(cfg, model, ranks, sequences=sequences(recorded)[0], prompts=prompts, held_out=held_out))
+        print(memory.report(cfg, model, ranks, sequences=sequences(recorded)[0], prompts=prompts, held_out=sampler.prompts))
     run = Run(cfg, ranks, data=cfg.offline or cfg.data, steps=cfg.steps)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=True)
     done = run.restore(model, optimizer)

@@ -71,7 +71,7 @@ def main(cfg: Config) -> None:
     sampler = loop.Sampler(cfg, ranks, model, tokenizer, stop)
     if ranks.rank == 0:
         print(f"{len(sequences)} of {len(examples)} examples within {longest} tokens, {steps} steps")
-        print(memory.report(cfg, model, ranks, sequences=sequences, prompts=sampler.prompts, held_out=len(sampler.prompts)))
+        print(memory.report(cfg, model, ranks, sequences=sequences, held_out=sampler.prompts))
     run = Run(cfg, ranks, data=cfg.data, steps=steps)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=True)
     done = run.restore(model, optimizer)

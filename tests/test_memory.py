@@ -146,10 +146,10 @@ def test_report_takes_settings_and_lengths_from_the_script(monkeypatch):
     rl.beta, rl.tokens_per_microbatch = 0.1, 10  # a longer sequence is a micro-batch of its own
     assert parts(rl, prompts=[[0] * 20]) == wanted(tokens=60, slots=6, capacity=60)
     rl.slots = 128  # 16 rollouts a step, 30 answers at once in an evaluation
-    assert parts(rl, prompts=[[0] * 20] * 50, held_out=30) == wanted(tokens=60, slots=30, capacity=60)
-    assert parts(rl, prompts=[[0] * 20] * 50, held_out=3) == wanted(tokens=60, slots=16, capacity=60)
+    assert parts(rl, prompts=[[0] * 20] * 50, held_out=[[0]] * 30) == wanted(tokens=60, slots=30, capacity=60)
+    assert parts(rl, prompts=[[0] * 20] * 50, held_out=[[0]] * 3) == wanted(tokens=60, slots=16, capacity=60)
     rl.beta, rl.offline = 0.0, "rollouts.jsonl"
-    assert parts(rl, prompts=[[0] * 20] * 3, held_out=3) == wanted(tokens=60, slots=3, capacity=60)
+    assert parts(rl, held_out=[[0] * 20] * 3) == wanted(tokens=60, slots=3, capacity=60)
     assert parts(rl, sequences=[[0] * 100]) == wanted(tokens=100, slots=0, capacity=100)
 
 

@@ -87,19 +87,17 @@ def text(parts: dict[str, dict[str, float]]) -> str:
 
 
 def report(
-    cfg, model, ranks, *, sequences: Sequence[list[int]] = (), prompts: Sequence[list[int]] = (), held_out: int = 0
-) -> str:
-    """The estimate for a training script with these settings, which learns from `sequences`, and samples from `prompts`.
-
-    Of these prompts `held_out` are those of an evaluation, which samples all of them at once.
-    """
+    cfg, model, ranks, *, sequences: Sequence[list[int]] = (), prompts: Sequence[list[int]] = (),
+    held_out: Sequence[list[int]] = (),
+) -> str:  # fmt: skip
+    """The estimate for a training script with these settings, in token ids: it learns from `sequences` or from rollouts
+    of `prompts`, a step's at a time, and samples all of `held_out` in an evaluation."""
     rl, c = hasattr(cfg, "rollouts"), model.config
     batch = cfg.problems * cfg.rollouts if rl else cfg.batch_size
     longest, slots = max(map(len, sequences), default=0), 0
-    if prompts:
-        at_once = max(held_out, batch if rl and not cfg.offline else 0)
-        slots = min(cfg.slots, math.ceil(at_once / ranks.size))
-        longest = max(longest, min(max(map(len, prompts)) + cfg.max_new_tokens, c.max_positions))
+    if asked := [*prompts, *held_out]:
+        slots = min(cfg.slots, math.ceil(max(len(held_out), batch if prompts else 0) / ranks.size))
+        longest = max(longest, min(max(map(len, asked)) + cfg.max_new_tokens, c.max_positions))
     largest = math.ceil(cfg.problems / cfg.updates) * cfg.rollouts if rl else batch  # sequences of an optimizer step
     rows = math.ceil(largest / ranks.size)
     reference = cfg.kl > 0 if not rl else cfg.beta > 0 or bool(cfg.offline)  # offline it is π_old as well
