@@ -31,9 +31,9 @@ sample() { # file that is there at the end, model, problem file, flags
 greedy() { # name, model folder: greedy answers to the test problems
   sample "$F/$1.json" "$2" "$F/test.jsonl" --max-new-tokens 400 --out "$F/$1.test.jsonl" --report "$F/$1.json"
 }
-evaluate() { # name, model folder: greedy answers and sampled ones
+evaluate() { # name, model folder: greedy answers, and four sampled ones per problem
   greedy "$1" "$2"
-  sample "$F/$1.sampled.json" "$2" "$F/test.jsonl" --max-new-tokens 400 --temperature 0.7 \
+  sample "$F/$1.sampled.json" "$2" "$F/test.jsonl" --max-new-tokens 400 --n 4 --temperature 0.7 \
     --out "$F/$1.sampled.jsonl" --report "$F/$1.sampled.json"
 }
 sft="train_sft.py --lr 1e-4 --batch-size 16 --max-length 1024 --tokens-per-microbatch 2048"

@@ -27,9 +27,10 @@ so that  accuracy = first_accuracy·(1 − cir) + (1 − first_accuracy)·icr.  
 `tokens`, sampled per response; `no_answer`, the fraction whose last solve has no \\boxed answer; `no_verdict`, the
 fraction of verifies without a readable verdict; `repeats`, of all solves after the first the fraction whose answer the
 response already gave; `by_level`, accuracy and trials per difficulty; `va_by_trial`, `va` of all first
-verifies, of all second ones, and so on. `at_k` computes the `standard_error` of accuracy over problems; for one response
-per problem, `right`, a "1" or "0" each; for n > 1 and k = 1, 2, 4, … and n, `pass_at_k` (is one of k responses right?
-estimated from all n, arXiv 2107.03374) and `maj_at_k` (is the most frequent answer of the first k right?).
+verifies, of all second ones, and so on. `at_k` computes the `standard_error` of accuracy over problems; `right`, how many
+of the n responses to each problem are right, for n = 1 as a string of "1" and "0"; for n > 1 and k = 1, 2, 4, … and n,
+`pass_at_k` (is one of k responses right? estimated from all n, arXiv 2107.03374) and `maj_at_k` (is the most frequent
+answer of the first k right?).
 """
 
 from collections.abc import Sequence
@@ -101,9 +102,8 @@ def at_k(trajectories: Sequence) -> dict:
     (n,) = {len(row) for row in last}  # or it is no set of n responses per problem
     accuracy = [count / n for count in right]
     found = {"standard_error": stdev(accuracy) / len(accuracy) ** 0.5 if len(accuracy) > 1 else None}
-    if n == 1:
-        found["right"] = "".join(str(count) for count in right)
-    else:
+    found["right"] = "".join(map(str, right)) if n == 1 else right
+    if n > 1:
         ks = sorted({2**i for i in range(n.bit_length())} | {n})
         found["pass_at_k"] = {str(k): _mean([1 - comb(n - count, k) / comb(n, k) for count in right]) for k in ks}
         found["maj_at_k"] = {str(k): _mean([bool((s := majority(row[:k])) and s.correct) for row in last]) for k in ks}

@@ -138,6 +138,7 @@ def test_at_k_by_hand():
     found = at_k(samples(p="+---", q="----", r="++-+"))
     assert found["pass_at_k"] == pytest.approx({"1": 1 / 3, "2": (1 / 2 + 0 + 1) / 3, "4": 2 / 3})
     accuracy = [1 / 4, 0, 3 / 4]
+    assert found["right"] == [1, 0, 3]
     assert found["standard_error"] == pytest.approx((sum((x - 1 / 3) ** 2 for x in accuracy) / 2 / 3) ** 0.5)
     one = at_k(samples(p="+", q="-"))  # one response each: no k
     assert set(one) == {"standard_error", "right"} and one["right"] == "10"

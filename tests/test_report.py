@@ -35,13 +35,19 @@ def test_reports_are_compared_in_one_table(tmp_path, capsys):
 
 
 def test_reports_on_the_same_problems_are_paired(tmp_path, capsys):
-    sets = {"a": dict(p="+", q="-", r="-"), "b": dict(p="-", q="+", r="+"), "c": dict(p="+", q="+", r="+"), "d": dict(p="+")}
+    sets = {  # e, f: differences of 50, 0 and 100 points, so a standard error of 50/√3; the others have no such partner
+        "a": dict(p="+", q="-", r="-"), "b": dict(p="-", q="+", r="+"), "c": dict(p="+", q="+", r="+"), "d": dict(p="+"),
+        "e": dict(p="+-", q="-+", r="--"), "f": dict(p="++", q="+-", r="++"), "g": dict(p="++++++"), "h": dict(p="++++++"),
+    }  # fmt: skip
     for name, codes in sets.items():
         data = {"data": "other.jsonl" if name in "cd" else "F.jsonl"}
         (tmp_path / f"{name}.json").write_text(json.dumps(summarize(rows := samples(**codes)) | at_k(rows) | data))
     main(Config(tuple(str(tmp_path / f"{name}.json") for name in sets)))
-    paired = [line for line in capsys.readouterr().out.splitlines() if "gained" in line]
-    assert paired == [f"{tmp_path}/b against {tmp_path}/a: 2 problems gained, 1 lost, p = 1 (McNemar's test)"]
+    paired = [line for line in capsys.readouterr().out.splitlines() if "against" in line]
+    assert paired == [
+        f"{tmp_path}/b against {tmp_path}/a: 2 problems gained, 1 lost, McNemar's p = 1",
+        f"{tmp_path}/f against {tmp_path}/e: +50.0 ± 124.2 points of accuracy",
+    ]
 
 
 def test_reports_of_one_name_are_one_model_over_seeds(tmp_path, capsys):
@@ -56,8 +62,8 @@ def test_reports_of_one_name_are_one_model_over_seeds(tmp_path, capsys):
     main(Config(tuple(map(str, paths))))
     _, base, sft, difference = capsys.readouterr().out.splitlines()
     assert base.split()[:3] == ["base", "50.0", "±0.0"] and sft.split()[:3] == ["sft", "75.0", "±62.1"]
-    tests = "(gained, lost, p: 0, 0, 1; 1, 0, 1; 2, 0, 0.5)"
-    assert difference == f"sft against base: accuracy +25.0 ± 62.1 over 3 seeds {tests}"
+    each = "; ".join(f"{gained} problems gained, 0 lost, McNemar's p = {p}" for gained, p in ((0, 1), (1, 1), (2, 0.5)))
+    assert difference == f"sft against base: accuracy +25.0 ± 62.1 over 3 seeds ({each})"
     report = json.loads(paths[-1].read_text())
     paths[-1].write_text(json.dumps(report | {"by_level": {"1": {"accuracy": 1.0, "trials": 1.0}}, "pass_at_k": {"1": 1.0}}))
     main(Config(tuple(map(str, paths))))  # a level, and pass@k, that one seed has alone

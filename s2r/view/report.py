@@ -7,15 +7,16 @@
     after SFT        50.0             0.0    1.50  100.0     100.0  100.0  100.0  50.0    –     100.0       0
 
 s2r/metrics.py defines the columns. Each model is compared with the one before it, problem by problem, if both reports are
-on the same file with one response per problem:
+on the same file. With one response per problem, and with several (± is half of the 95 % interval over the problems):
 
-    after SFT against base: 12 problems gained, 3 lost, p = 0.035 (McNemar's test)
+    after SFT against base: 12 problems gained, 3 lost, McNemar's p = 0.035
+    after SFT against base: +4.6 ± 3.0 points of accuracy
 
 Reports of one name in different folders, such as seed-0/sft.json and seed-1/sft.json, are one model over several seeds: one
-line, each number mean ± half of the 95 % interval. Then the lines below are mean differences, and the test for each seed. The
+line, each number mean ± half of the 95 % interval. Then the lines below are mean differences, and those of each seed. The
 folder's name tells the seed, so give the same ones in the same order for each model:
 
-    sft against base: accuracy +9.4 ± 6.2 over 3 seeds (gained, lost, p: 12, 3, 0.035; 9, 4, 0.27; 11, 1, 0.0063)
+    sft against base: accuracy +9.4 ± 6.2 over 3 seeds (12 problems gained, 3 lost, McNemar's p = 0.035; …)
 
 The scripts print `table`; the toy world's findings use `interval`.
 """
@@ -61,15 +62,21 @@ def main(cfg: Config) -> None:
         return over_seeds({name: list(reports.values()) for name, reports in seeds.items()})
     print(table(rows))
     for (name, before), (other, after) in pairwise(rows.items()):
-        if _paired(before, after):
-            gained, lost, p = mcnemar(after["right"], before["right"])
-            print(f"{other} against {name}: {gained} problems gained, {lost} lost, p = {p:.2g} (McNemar's test)")
+        if found := _paired(before, after):
+            print(f"{other} against {name}: {found}")
 
 
-def _paired(before: dict, after: dict) -> bool:
-    """Whether two reports are on the same problems, with one response to each."""
-    same = before.get("data") == after.get("data") and before["responses"] == after["responses"]
-    return same and "right" in before and "right" in after
+def _paired(before: dict, after: dict) -> str | None:
+    """The difference of two reports, problem by problem; None if they are not on the same ones, with as many responses."""
+    x, y = before.get("right"), after.get("right")
+    same = all(before.get(key) == after.get(key) for key in ("data", "responses"))
+    if not same or not x or not y or len(x) != len(y) or len(y) < 2:
+        return None
+    if after["responses"] == len(y):
+        gained, lost, p = mcnemar(y, x)
+        return f"{gained} problems gained, {lost} lost, McNemar's p = {p:.2g}"
+    n = after["responses"] / len(y)
+    return "{:+.1f} ± {:.1f} points of accuracy".format(*interval([100 * (b - a) / n for a, b in zip(x, y)]))
 
 
 def over_seeds(rows: dict[str, list[dict]]) -> None:
@@ -78,10 +85,8 @@ def over_seeds(rows: dict[str, list[dict]]) -> None:
     for (name, before), (other, after) in pairwise(rows.items()):
         gain, half = interval([100 * (y["accuracy"] - x["accuracy"]) for x, y in zip(before, after)])
         found = f"{other} against {name}: accuracy {gain:+.1f} ± {half:.1f} over {len(before)} seeds"
-        if all(map(_paired, before, after)):
-            tests = (mcnemar(y["right"], x["right"]) for x, y in zip(before, after))
-            found += f" (gained, lost, p: {'; '.join(f'{gained}, {lost}, {p:.2g}' for gained, lost, p in tests)})"
-        print(found)
+        each = list(map(_paired, before, after))
+        print(f"{found} ({'; '.join(each)})" if all(each) else found)
 
 
 def _merged(values: list):
