@@ -82,12 +82,13 @@ def test_usage(run):
 MODELS = {
     "base": "after practice",
     "warm": "warm-up",
-    "warm-plus": "warm-up, 5 epochs (control)",
+    "warm-plus": "warm-up, {} epochs (control)",
     "sft": "+ SFT",
-    "sft-plus": "+ SFT, 3 epochs (control)",
+    "sft-plus": "+ SFT, {} epochs (control)",
     "rl-outcome": "+ SFT + outcome-level RL",
     "rl-process": "+ SFT + process-level RL",
 }
+EPOCHS = {"first": {"warm-plus": 5, "sft-plus": 3}, "second": {"warm-plus": 7, "sft-plus": 6}}  # by settings
 DIFFERENCES = {
     "SFT against its own first attempts": ("sft", "sft"),
     "SFT against more warm-up": ("warm-plus", "sft"),
@@ -99,51 +100,69 @@ DIFFERENCES = {
 }
 
 
+def report(folder: str, name: str) -> dict:
+    return json.loads((ROOT / "docs" / "real" / folder / f"{name}.json").read_text())
+
+
 def model_row(text: str, seeds: list[dict]) -> str:
     """A line of a table of models: means over the seeds, and the accuracy of each."""
     values = {key: [one[key] for one in seeds] for key in COLUMNS}
     means = {key: None if None in value else mean(value) for key, value in values.items()}
     accuracy, *cells = re.split(" {2,}", table({"": means | {"by_level": {}}}).splitlines()[1].strip())
     del cells[5]  # CP, which the page leaves out
-    each = ", ".join(f"{100 * value:.1f}" for value in values["accuracy"])
-    return f"| {text} | {accuracy} ({each}) | {' | '.join(cells)} |"
+    each = f" ({', '.join(f'{100 * value:.1f}' for value in values['accuracy'])})" if len(seeds) > 1 else ""
+    return f"| {text} | {accuracy}{each} | {' | '.join(cells)} |"
+
+
+def difference(before: dict, after: dict) -> tuple[float, str]:
+    """Points of accuracy by which a model is better, and what stands behind them in brackets."""
+    if before is after:  # its last answers against its first ones
+        n, first = after["responses"], after["first_accuracy"]
+        gained, lost = round(after["icr"] * (1 - first) * n), round(after["cir"] * first * n)
+        p = mcnemar("1" * gained + "0" * lost, "0" * gained + "1" * lost)[2]
+        points = 100 * (gained - lost) / n
+        return points, f" ({gained}, {lost}, {p:.2g})" if n == len(after["right"]) else ""
+    n = after["responses"] / len(after["right"])
+    points, half = interval([100 * (int(y) - int(x)) / n for x, y in zip(before["right"], after["right"], strict=True)])
+    if n > 1:
+        return points, f" ± {half:.1f}"
+    return points, " ({}, {}, {:.2g})".format(*mcnemar(after["right"], before["right"]))
 
 
 def difference_row(text: str, pairs: list[tuple[dict, dict]]) -> str:
-    """A line of the other two tables: mean difference, and for each seed the difference and McNemar's test."""
-    points, cells = [], []
-    for before, after in pairs:
-        n, first = after["responses"], after["first_accuracy"]
-        gained, lost, p = mcnemar(after["right"], before["right"])
-        if before is after:  # its last answers against its first ones
-            gained, lost = round(after["icr"] * (1 - first) * n), round(after["cir"] * first * n)
-            gained, lost, p = mcnemar("1" * gained + "0" * lost, "0" * gained + "1" * lost)
-        points.append(100 * (gained - lost) / n)
-        cells.append(f"{points[-1]:+.1f} ({gained}, {lost}, {p:.2g})")
-    return "| {} | {:+.1f} ± {:.1f} | {} |".format(text, *interval(points), " | ".join(cells))
+    """A line of a table of differences: the mean over the seeds, if there are several, and each seed's."""
+    found = [difference(*pair) for pair in pairs]
+    cells = [f"{points:+.1f}{bracket}" for points, bracket in found]
+    if len(pairs) > 1:
+        cells.insert(0, "{:+.1f} ± {:.1f}".format(*interval([points for points, _ in found])))
+    return f"| {text} | {' | '.join(cells)} |"
 
 
-def expected_rows() -> list[str]:
-    folders, rows = sorted((ROOT / "docs" / "real").glob("seed-*")), []
+def expected_rows(settings: str, seeds: list[int]) -> list[str]:
+    rows = []
     for kind in ("", ".sampled"):
         names = [name for name in MODELS if not kind or name != "base"]
-        seeds = [{name: json.loads((folder / f"{name}{kind}.json").read_text()) for name in names} for folder in folders]
-        rows += [model_row(MODELS[name], [reports[name] for reports in seeds]) for name in names]
-        rows += [difference_row(text, [(r[x], r[y]) for r in seeds]) for text, (x, y) in DIFFERENCES.items()]
+        models = {name: [report(f"seed-{seed}", name + kind) for seed in seeds] for name in names}
+        rows += [model_row(MODELS[name].format(EPOCHS[settings].get(name)), models[name]) for name in names]
+        rows += [difference_row(text, list(zip(models[x], models[y]))) for text, (x, y) in DIFFERENCES.items()]
     return rows
 
 
 def expected_rows_of_the_trial() -> list[str]:
-    rows, real = [], ROOT / "docs" / "real"
+    rows = []
     for kind, what in (("", "greedy"), (".sampled", "sampled")):
-        for text, where, name in (("+ SFT, 3 epochs", real, "sft-plus"), ("+ process-level RL", real / "trial", "rl-process-4")):
-            seeds = [json.loads((where / f"seed-{seed}" / f"{name}{kind}.json").read_text()) for seed in (0, 1)]
-            rows.append(model_row(f"{text}, {what}", seeds))
+        for text, where, name in (("+ SFT, 3 epochs", "", "sft-plus"), ("+ process-level RL", "trial/", "rl-process-4")):
+            rows.append(model_row(f"{text}, {what}", [report(f"{where}seed-{seed}", name + kind) for seed in (0, 1)]))
     return rows
 
 
-def test_the_tables_of_the_page_are_what_the_kept_reports_give():
-    page = (ROOT / "docs" / "real_model.md").read_text(encoding="utf-8")
-    result = page[page.index("## Result") : page.index("## The checks")]
-    rows = [line for line in result.splitlines() if line.startswith("| ") and not line.startswith(("| seeds", "| difference"))]
-    assert rows == expected_rows() + expected_rows_of_the_trial()
+def rows(page: str, first: str, last: str) -> list[str]:
+    """The rows of the tables between two headings of a page, without those that name the columns."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    lines = text[text.index(f"## {first}") : text.index(f"## {last}")].splitlines()
+    return [line for line in lines if line.startswith("| ") and not line.startswith(("| seed", "| difference"))]
+
+
+def test_the_tables_of_the_pages_are_what_the_kept_reports_give():
+    expected = expected_rows("first", [0, 1, 2]) + expected_rows_of_the_trial()
+    assert rows("real_model.md", "Result", "The checks") == expected
