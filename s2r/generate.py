@@ -1,8 +1,8 @@
 """The sampler: M rollouts of each prompt, many rows at a time, every sampled token with its log-probability.
 
-    slot 0   prompt 0 │ sample 0 ········ <end>   prompt 2 │ sample 1 ······        one decode step
+    slot 0   prompt 0 │ sample 0 ········ <end>   prompt 2 │ sample 0 ······        one decode step
     slot 1   prompt 0 │ sample 1 ···· <end>   prompt 1 │ sample 1 ···········       moves every slot
-    slot 2   prompt 1 │ sample 0 ··················· <end>   prompt 2 │ sample 0    one token to the right
+    slot 2   prompt 1 │ sample 0 ··················· <end>   prompt 2 │ sample 1    one token to the right
 
 Rows live in the slots of one preallocated cache. A prompt is run through the model once and its keys and values are
 copied to its rows; a row that stops gives its slot to the next one; at the end, when none is waiting, the last row

@@ -1,7 +1,7 @@
 """How well a model solves, verifies and corrects: the metrics of paper App. E over a set of responses.
 
 An example of four responses, one letter per action: + is a right solve, - a wrong one; c is a verify that
-says "correct", i one that says "incorrect". A verify is about the last solve before it.
+says "correct", i one that says "incorrect". A verify is true if its verdict fits the last solve before it.
 
     response   first solve   last solve   solves   true verifies
     + c        right         right        1        1 of 1
@@ -124,15 +124,15 @@ def majority(solves: Sequence):
 
 
 def warnings(metrics: dict, rewards: Sequence[float]) -> list[str]:
-    """Why a training step with these `metrics`, of `summarize`, and rewards of its trajectories teaches nothing."""
+    """What in a training step's `metrics`, of `summarize`, and rewards says that it teaches nothing or spoils the model."""
     said = 0.5 if metrics["say_correct"] is None else metrics["say_correct"]  # no verdicts, no warning
     repeats = metrics["repeats"] or 0
     reasons = {
         "all rewards are equal: no response is better than another": len(set(rewards)) == 1,
         "no response ends in a boxed answer, so none can be right": metrics["no_answer"] == 1,
         "no response finished: a higher --max-new-tokens may help": metrics["finished"] == 0,
-        'more than 95 % of the verdicts say "correct": the model no longer verifies': said > 0.95,
-        'more than 95 % of the verdicts say "incorrect": the model no longer verifies': said < 0.05,
+        'more than 95 % of the verdicts say "correct": the model may no longer verify': said > 0.95,
+        'more than 95 % of the verdicts say "incorrect": the model may no longer verify': said < 0.05,
         "more than 80 % of the retries give an answer that was given before": repeats > 0.8,
     }
     return [reason for reason, holds in reasons.items() if holds]

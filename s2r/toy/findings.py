@@ -50,8 +50,8 @@ FINDINGS = (
     ("SFT beats the base: accuracy", "51.0 → 81.6", "accuracy", "sft", "base"),
     ("outcome RL beats SFT: accuracy", "81.6 → 84.4", "accuracy", "rl-outcome", "sft"),
     ("process RL beats SFT: accuracy", "81.6 → 83.4", "accuracy", "rl-process", "sft"),
-    ("control: outcome RL beats SFT+: accuracy", "–", "accuracy", "rl-outcome", "sft-plus"),
-    ("control: process RL beats SFT+: accuracy", "–", "accuracy", "rl-process", "sft-plus"),
+    ("control: outcome RL beats sft-plus: accuracy", "–", "accuracy", "rl-outcome", "sft-plus"),
+    ("control: process RL beats sft-plus: accuracy", "–", "accuracy", "rl-process", "sft-plus"),
     ("control: outcome RL beats SFT on twice the trajectories: accuracy", "–", "accuracy", "rl-outcome", "sft-more"),
     ("control: outcome RL beats RL without checks: accuracy", "–", "accuracy", "rl-outcome", "rl-solve-only"),
     ("control: outcome RL beats a majority vote of the base, equal tokens", "–", "accuracy", "rl-outcome",
@@ -59,7 +59,7 @@ FINDINGS = (
     ("control: outcome RL beats base samples with a perfect checker, equal tokens", "–", "accuracy", "rl-outcome",
      "base-checked"),
     ("masked SFT beats unmasked: accuracy", "–", "accuracy", "sft", "sft-unmasked"),
-    ("more trials on harder problems, after outcome RL", "1.05 → 2.15", "harder", "rl-outcome", None),
+    ("more trials on harder problems, after outcome RL: with five gaps less with two", "1.05 → 2.15", "harder", "rl-outcome", None),
     ("outcome RL raises ICR", "6.5 → 13.6", "icr", "rl-outcome", "sft"),
     ("process RL raises ICR", "6.5 → 12.2", "icr", "rl-process", "sft"),
     ("outcome RL lowers CIR (drop)", "2.0 → 1.0", "cir", "sft", "rl-outcome"),
@@ -70,7 +70,7 @@ FINDINGS = (
     ("accuracy is higher after outcome than after process RL", "83.4 → 84.4", "accuracy", "rl-outcome", "rl-process"),
     ("offline, process beats outcome level: accuracy", "–", "accuracy", "offline-process", "offline-outcome"),
     ("offline process RL beats SFT: accuracy", "81.6 → 83.4", "accuracy", "offline-process", "sft"),
-    ("problem-solving checks lean towards “correct”: VA on right − wrong answers, against confirmative",
+    ("problem-solving checks lean towards “correct”: VA on right − wrong answers, against checks that do not",
      "14.8 → 34.5", "bias", "sft-solving", "sft"),
     ("more SFT data help, at equal steps: all trajectories against 200", "–", "accuracy", "sft", "sft-200"),
 )  # fmt: skip
@@ -82,7 +82,7 @@ TRAINED = (
     *[(f"offline-{level}", "sft.rollouts.jsonl", f"{RL} --offline F/sft.rollouts.jsonl --level {level}")
       for level in ("outcome", "process")],
     ("sft-200", "", f"{SFT} --data F/trajectories-200.jsonl --epochs 46"),  # about as many updates as SFT
-    ("sft-more", "more.trajectories.jsonl", f"{SFT} --data F/more.trajectories.jsonl --epochs 3"),  # about as many as SFT+
+    ("sft-more", "more.trajectories.jsonl", f"{SFT} --data F/more.trajectories.jsonl --epochs 3"),  # about as many as sft-plus
 )  # fmt: skip
 ABLATIONS: Plan = (
     ("verifications-solving.jsonl", "", """-m s2r.toy.world --style solving --rollouts F/base.rollouts.jsonl
@@ -185,7 +185,7 @@ def grid(lines: list[list[str]]) -> str:
 def page(seeds: list[dict[str, dict]]) -> str:
     """PAGE and its tables, of the models that every seed has; `seeds` holds for each: name of a model -> its report."""
     made = set.intersection(*map(set, seeds))
-    findings = [["finding", "paper", "toy: difference", "", "seeds significant"]]
+    findings = [["finding", "paper", "toy: difference", "verdict", "seeds significant"]]
     for claim, paper, name, more, less in [row for row in FINDINGS if {row[3], row[4] or row[3]} <= made]:
         differences = [value(r[more], name) - (value(r[less], name) if less else 0) for r in seeds]
         middle, half = interval(differences)
