@@ -40,7 +40,7 @@ class Config:
     baseline: Literal["position", "context", "context-only"] = "position"  # offline RL: which spans share b̂ (App. F)
     problems: int = 64  # N, problems per step (paper: 64)
     rollouts: int = 4  # M, rollouts per problem (paper: 4)
-    updates: int = 4  # optimizer updates per RL step, each on its own part of the rollouts, whole problems (paper: 4)
+    updates: int = 4  # optimizer updates per RL step, each on its own rollouts; online split by problem (paper: 4)
     temperature: float = 0.7  # of sampling, and of every log-probability (paper: 0.7)
     beta: float = 0.05  # β, weight of the KL to π_ref in the advantage (paper: 0.05; 0.01 for Qwen2.5-Math-7B)
     epsilon: float = 0.2  # ε, clip range of the ratio (paper: 0.2)
@@ -99,30 +99,30 @@ def main(cfg: Config) -> None:
         # 2. Give each span its reward and baseline: the whole trajectory, or each of its actions.
         credits = credit(trajectories)
 
-        # 3. Split the rollouts over the updates, whole problems to each; score them under π_old and π_ref.
+        # 3. Split the rollouts over the updates (online by problem); score them under π_old and π_ref.
         updates = []
         shuffled = order(cfg.problems, cfg.seed + 1, step)  # + 1: other permutations than those of the data
         groups = np.arange(len(trajectories)).reshape(-1, cfg.rollouts)[shuffled]  # (N, M)
         for update, rows in enumerate(np.array_split(groups, cfg.updates)):
             part = [(trajectories[i], credits[i]) for i in rows.flat]
-            itself = update == 0 and not cfg.offline  # its own forward pass gives log π_old: the weights are still those
-            updates.append(score(part, ranks, None if itself else old, reference, cfg))
+            first = update == 0 and not cfg.offline  # the weights are still π_old's: step 4 finds log π_old itself
+            updates.append(score(part, ranks, None if first else old, reference, cfg))
         clock.lap("score")
 
         # 4. Advantages and policy gradient: one optimizer step per update, its loss the sum over its micro-batches.
         outside, norms = [], []  # outside: which ratios left the clip range
-        for update, micro_batches in enumerate(updates, start=1 + (step - 1) * cfg.updates):
+        for count, micro_batches in enumerate(updates, start=1 + (step - 1) * cfg.updates):  # updates of the run
             total = torch.zeros((), device=ranks.device)
             for m in micro_batches:
                 logp, entropy = policy_logp(model, m.pack, cfg.temperature)
                 if m.logp_old is None:
                     m.logp_old, m.entropy = logp.detach(), entropy
                 advantage = rl.advantages(m.reward, m.baseline, m.logp_old, m.logp_ref, m.span, beta=cfg.beta)
-                loss, left = rl.policy_loss(logp, m.logp_old, m.span, advantage, m.weight, epsilon=cfg.epsilon)
+                loss, left_range = rl.policy_loss(logp, m.logp_old, m.span, advantage, m.weight, epsilon=cfg.epsilon)
                 (loss * ranks.size).backward()  # the ranks' gradients are averaged, and we want their sum
-                outside.append(left)
+                outside.append(left_range)
                 total += loss.detach()
-            lr = cfg.lr * min(1.0, update / max(cfg.warmup, 1))
+            lr = cfg.lr * min(1.0, count / max(cfg.warmup, 1))
             what = f"problems {list(dict.fromkeys(t.problem.unique_id for t in trajectories))}"
             norm = loop.optimizer_step(
                 run, model, optimizer, step=step, lr=lr, loss=total.item(), what=what, batch=micro_batches
@@ -167,7 +167,7 @@ def online_source(cfg: Config, problems: list, sampler: loop.Sampler) -> tuple[C
 
 
 def offline_source(cfg: Config, tokenizer, reference, ranks: Ranks) -> tuple[Callable, Callable, list]:
-    """As `online_source`, from recorded rollouts: their credit is computed once; and all these rollouts."""
+    """As `online_source`, from recorded rollouts, which come third; their credit is computed once, over all of them."""
     recorded, accuracy, counts = offline.recall(cfg.offline, tokenizer, cfg.temperature, cfg.problems * cfg.rollouts)
     if ranks.rank == 0:
         print("\n".join(f"{count:7,}  {what}" for what, count in counts.items()))

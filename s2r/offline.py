@@ -11,7 +11,7 @@
     accuracy, reward context    context         82.4
     reward context              context-only    82.4
 
-Accuracy is the fraction of right ones among all recorded rollouts of the span's problem. Departs from the paper, with
+Accuracy is the fraction of right ones among all recorded rollouts of the span's problem. Departs from the paper, like
 the release: it is exact, not binned. β has no effect offline: π_old is π_ref, so the KL term of (5) is zero. (The
 release uses the KL of the current policy instead.)
 

@@ -51,8 +51,8 @@ def pack(
 ) -> list[Pack]:  # fmt: skip
     """Micro-batches, in order, of at most `budget` tokens each; a longer sequence gets one of its own.
 
-    `scored[i]` lists the rising positions in `sequences[i]` that a loss is taken on; all ≥ 1. `prompts[i]` is the number
-    of its first tokens that neighbours share if they are equal; only tokens after them may be scored.
+    `scored[i]` lists the rising positions in `sequences[i]` that a loss is taken on; all ≥ 1. `prompts[i]` is the length
+    of its prompt: neighbours with equal prompts share one copy, and only tokens after it may be scored.
     """
     shared = [ids[:n] for ids, n in zip(sequences, prompts or [0] * len(sequences))]
     groups, room = [], 0

@@ -1,10 +1,10 @@
 """Every equation of S²R's online reinforcement learning (Ma et al. 2025, arXiv 2502.12853, §2.3).
 
-A trajectory is y = (a_1, …, a_|y|), its actions alternately solve and verify. One loss function serves both levels.
+A trajectory y is a sequence of |y|_a actions, alternately solve and verify. One loss function serves both levels.
 A *span* is the piece of y that has one reward, one advantage and one ratio. The levels differ in what a span is:
 
     level     span         reward           baseline                        loss
-    outcome   trajectory   R_o(x, y)        RLOO over the M rollouts of x   (2), (3)
+    outcome   trajectory   R_o(x, y)        leave-one-out over M rollouts   (2), (3)
     process   action       R_a(a_t)         mean over the reward context    (4), (5), (6)
 
     what                                    equation    function
@@ -14,11 +14,11 @@ A *span* is the piece of y that has one reward, one advantage and one ratio. The
     b̂, leave-one-out                        (2)         leave_one_out
     b̂, by reward context                    (4)         context_baseline
     A = R − b̂ − β·log(π_old / π_ref)        (2), (5)    advantages
+    r = (π_θ / π_old)^(1/tokens)            §2.3        policy_loss
     L = −E[min(r·A, clip(r, 1±ε)·A)]        (3), (6)    policy_loss, with the weights 1/B, 1/(B·|y|_a) of spans
 
-Rewards are ±1 and come from rules alone. The baselines of offline RL are in `s2r/offline.py`. A micro-batch
-has J spans and Q response tokens. `span` (Q,) gives the span of each token, so a sum over the tokens of each span
-is one `index_add`.
+Rewards are ±1 and come from rules alone. The baselines of offline RL are in `s2r/offline.py`. A micro-batch has J spans and
+Q response tokens. `span` (Q,) gives the span of each token, so a sum over the tokens of each span is one `index_add`.
 """
 
 from collections import defaultdict
@@ -41,7 +41,7 @@ def process_rewards(actions: Sequence[Action], finished: bool) -> list[float]:
     """R_a of each action of a judged trajectory: +1 for a right solve and for a verify with a true verdict, else −1.
 
     A verify checks the last solve before it. An unreadable verdict, or a verify without a solve before it, earns −1.
-    Departs from the paper, with the release: the action that the length limit cut off (`finished` False) earns −1.
+    Departs from the paper, like the release: the action that the length limit cut off (`finished` False) earns −1.
     """
     rewards = []
     for action in actions:
@@ -154,7 +154,7 @@ def policy_loss(
     `spans`, so the loss of an update is the sum of the losses of its micro-batches.
     """
     tokens = span_sum(torch.ones_like(logp), span, len(advantage))
-    # Departs from the paper, with the release: the mean, not the sum, of the token log-ratios, a length-normalised
+    # Departs from the paper, like the release: the mean, not the sum, of the token log-ratios, a length-normalised
     # ratio as in GSPO (arXiv 2507.18071). The product over a long span would leave the clip range at once.
     ratio = (span_sum(logp - logp_old, span, len(advantage)) / tokens).exp()
     clipped = ratio.clamp(1 - epsilon, 1 + epsilon)
