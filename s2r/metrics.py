@@ -124,7 +124,7 @@ def majority(solves: Sequence):
 
 
 def warnings(metrics: dict, rewards: Sequence[float]) -> list[str]:
-    """What in a training step's `metrics`, of `summarize`, and rewards says that it teaches nothing or spoils the model."""
+    """Warning signs, a sentence each, in the `metrics` of a training step (of `summarize`) and its trajectories' rewards."""
     said = 0.5 if metrics["say_correct"] is None else metrics["say_correct"]  # no verdicts, no warning
     repeats = metrics["repeats"] or 0
     reasons = {

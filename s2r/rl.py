@@ -14,7 +14,7 @@ A *span* is the piece of y that has one reward, one advantage and one ratio. The
     b̂, leave-one-out                        (2)         leave_one_out
     b̂, by reward context                    (4)         context_baseline
     A = R − b̂ − β·log(π_old / π_ref)        (2), (5)    advantages
-    r = (π_θ / π_old)^(1/tokens)            §2.3        policy_loss
+    r = (π_θ / π_old)^(1/tokens)            departs     policy_loss
     L = −E[min(r·A, clip(r, 1±ε)·A)]        (3), (6)    policy_loss, with the weights 1/B, 1/(B·|y|_a) of spans
 
 Rewards are ±1 and come from rules alone. The baselines of offline RL are in `s2r/offline.py`. A micro-batch has J spans and

@@ -141,7 +141,7 @@ def difference_row(text: str, pairs: list[tuple[dict, dict]]) -> str:
 def expected_rows(settings: str, seeds: list[int]) -> list[str]:
     rows = []
     for kind in ("", ".sampled"):
-        names = [name for name in MODELS if name != "base" or (settings == "first" and not kind)]  # it is not trained here
+        names = [name for name in MODELS if name != "base" or (settings == "first" and not kind)]  # greedy alone, and the same for all seeds
         models = {name: [report(f"seed-{seed}", name + kind) for seed in seeds] for name in names}
         rows += [model_row(MODELS[name].format(EPOCHS[settings].get(name)), models[name]) for name in names]
         rows += [difference_row(text, list(zip(models[x], models[y]))) for text, (x, y) in DIFFERENCES.items()]

@@ -90,8 +90,10 @@ def report(
     cfg, model, ranks, *, sequences: Sequence[list[int]] = (), prompts: Sequence[list[int]] = (),
     held_out: Sequence[list[int]] = (),
 ) -> str:  # fmt: skip
-    """The estimate for a training script with these settings, in token ids: it learns from `sequences` or from rollouts
-    of `prompts`, a step's at a time, and samples all of `held_out` in an evaluation."""
+    """The estimate for a training script with these settings. All three arguments are lists of token ids.
+
+    It learns from `sequences`, or from rollouts of a step's `prompts`. An evaluation samples all of `held_out` at once.
+    """
     rl, c = hasattr(cfg, "rollouts"), model.config
     batch = cfg.problems * cfg.rollouts if rl else cfg.batch_size
     longest, slots = max(map(len, sequences), default=0), 0

@@ -185,7 +185,7 @@ def grid(lines: list[list[str]]) -> str:
 def page(seeds: list[dict[str, dict]]) -> str:
     """PAGE and its tables, of the models that every seed has; `seeds` holds for each: name of a model -> its report."""
     made = set.intersection(*map(set, seeds))
-    findings = [["finding", "paper", "toy: difference", "verdict", "seeds significant"]]
+    findings = [["finding", "paper", "toy: difference", "holds?", "seeds significant"]]
     for claim, paper, name, more, less in [row for row in FINDINGS if {row[3], row[4] or row[3]} <= made]:
         differences = [value(r[more], name) - (value(r[less], name) if less else 0) for r in seeds]
         middle, half = interval(differences)
