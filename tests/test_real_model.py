@@ -156,6 +156,18 @@ def expected_rows_of_the_trial() -> list[str]:
     return rows
 
 
+def expected_rows_of_seed_100() -> list[str]:
+    rows = []
+    for text, name in (
+        ("warm-up, 4 epochs", "warm"),
+        ("+ SFT from 2 epochs of warm-up", "sft-early"),
+        ("+ SFT from 4 epochs of warm-up", "sft"),
+    ):
+        for problems, kind in (("RL problems", ".rl-problems"), ("test", "")):
+            rows.append(model_row(f"{text}, {problems}", [report("trial/seed-100", name + kind)]))
+    return rows
+
+
 def rows(page: str, first: str, last: str) -> list[str]:
     """The rows of the tables from one heading of a page to another, without those that name the columns."""
     text = (ROOT / "docs" / page).read_text(encoding="utf-8").partition(f"## {first}")[2]
@@ -166,4 +178,5 @@ def rows(page: str, first: str, last: str) -> list[str]:
 def test_the_tables_of_the_pages_are_what_the_kept_reports_give():
     assert rows("real_model.md", "Result", "The second") == expected_rows("first", [0, 1, 2])
     assert rows("real_model.md", "The second", "The checks") == expected_rows("second", [3])
-    assert rows("real_settings.md", "A trial", "") == expected_rows_of_the_trial()
+    assert rows("real_settings.md", "A trial", "Trials for") == expected_rows_of_the_trial()
+    assert rows("real_settings.md", "Trials for", "") == expected_rows_of_seed_100()
