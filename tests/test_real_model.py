@@ -141,7 +141,8 @@ def difference_row(text: str, pairs: list[tuple[dict, dict]]) -> str:
 def expected_rows(settings: str, seeds: list[int]) -> list[str]:
     rows = []
     for kind in ("", ".sampled"):
-        names = [name for name in MODELS if name != "base" or (settings == "first" and not kind)]  # greedy alone, and the same for all seeds
+        # The base model: greedy alone, and the same for all settings.
+        names = [name for name in MODELS if name != "base" or (settings == "first" and not kind)]
         models = {name: [report(f"seed-{seed}", name + kind) for seed in seeds] for name in names}
         rows += [model_row(MODELS[name].format(EPOCHS[settings].get(name)), models[name]) for name in names]
         rows += [difference_row(text, list(zip(models[x], models[y]))) for text, (x, y) in DIFFERENCES.items()]
@@ -157,15 +158,14 @@ def expected_rows_of_the_trial() -> list[str]:
 
 
 def expected_rows_of_seed_100() -> list[str]:
-    rows = []
-    for text, name in (
-        ("warm-up, 4 epochs", "warm"),
-        ("+ SFT from 2 epochs of warm-up", "sft-early"),
-        ("+ SFT from 4 epochs of warm-up", "sft"),
-    ):
-        for problems, kind in (("RL problems", ".rl-problems"), ("test", "")):
-            rows.append(model_row(f"{text}, {problems}", [report("trial/seed-100", name + kind)]))
-    return rows
+    sft = "+ SFT from {} epochs of warm-up"
+    models = {"warm": "warm-up, 4 epochs", "sft-early": sft.format(2), "sft": sft.format(4)}
+    problems = {".rl-problems": "RL problems", "": "test"}
+    return [
+        model_row(f"{text}, {what}", [report("trial/seed-100", name + kind)])
+        for name, text in models.items()
+        for kind, what in problems.items()
+    ]
 
 
 def rows(page: str, first: str, last: str) -> list[str]:
