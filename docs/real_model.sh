@@ -36,9 +36,9 @@ evaluate() { # name, model folder: greedy answers, and four sampled ones per pro
   sample "$F/$1.sampled.json" "$2" "$F/test.jsonl" --max-new-tokens 400 --n 4 --temperature 0.7 \
     --out "$F/$1.sampled.jsonl" --report "$F/$1.sampled.json"
 }
-sft="train_sft.py --lr 1e-4 --batch-size 16 --max-length 1024 --tokens-per-microbatch 2048"
+sft="train_sft.py --kl 0 --lr 2e-4 --batch-size 16 --max-length 1024 --tokens-per-microbatch 2048"
 rl="train_rl.py --problems 16 --rollouts 4 --updates 4 --beta 0.01 --lr 2e-5 --steps 24 --max-new-tokens 400
-  --tokens-per-microbatch 2048 --temperature 1.0"
+  --tokens-per-microbatch 2048"
 
 # Problems whose formula can be undone: for stages 0 and 1, for RL, for the test.
 make "$F/test.jsonl" -m s2r.stage0.formula --data "$data" --folder "$F"
@@ -48,17 +48,20 @@ greedy base "$model"
 # them, so that it does not forget what it practised; by their seed, other ones than those of the practice (seed 0).
 make "$F/arithmetic.jsonl" -m s2r.stage0.arithmetic --out "$F/arithmetic.jsonl" --rows 300 --seed $((seed + 1))
 cat "$F/sft.jsonl" "$F/arithmetic.jsonl" > "$F/warm.jsonl"
-train warm $sft --model "$model" --data "$F/warm.jsonl" --kl 0 --epochs 2
+train warm-2 $sft --model "$model" --data "$F/warm.jsonl" --epochs 2
+greedy warm-2 "$F/warm-2"
+longer warm warm-2 $sft --model "$model" --data "$F/warm.jsonl" --epochs 4
 evaluate warm "$F/warm"
 
-# Stage 0: five samples per problem, checks by the rule, trajectories. Stage 1: SFT, the calculations among them.
-sample "$F/samples.jsonl" "$F/warm" "$F/sft.jsonl" --n 5 --temperature 0.7 --max-new-tokens 128 --out "$F/samples.jsonl"
+# Stage 0: five samples per problem, checks by the rule, trajectories. Sampled after two epochs: later there are fewer wrong
+# answers to check. Stage 1: SFT from the model of four epochs, the calculations among the trajectories.
+sample "$F/samples.jsonl" "$F/warm-2" "$F/sft.jsonl" --n 5 --temperature 0.7 --max-new-tokens 128 --out "$F/samples.jsonl"
 make "$F/trajectories.jsonl" -m s2r.stage0.verifications --rollouts "$F/samples.jsonl" --out "$F/checks.jsonl" \
   --by formula --data "$F/sft.jsonl"
 make "$F/trajectories.jsonl" -m s2r.stage0.build --rollouts "$F/samples.jsonl" --verifications "$F/checks.jsonl" \
   --seed "$seed" --keep 1 1 1 1 --out "$F/trajectories.jsonl"
 cat "$F/trajectories.jsonl" "$F/arithmetic.jsonl" > "$F/stage1.jsonl"
-train sft $sft --model "$F/warm" --data "$F/stage1.jsonl" --kl 0.01 --epochs 3
+train sft $sft --model "$F/warm" --data "$F/stage1.jsonl" --epochs 3
 evaluate sft "$F/sft"
 
 # Stage 2: on problems that no stage has seen, without those that the warm-up model never solves.
@@ -72,9 +75,9 @@ for level in outcome process; do
 done
 
 # Controls, each with at least as many updates as the models that it stands beside: the runs above, continued.
-longer warm-plus warm $sft --model "$model" --data "$F/warm.jsonl" --kl 0 --epochs 7
+longer warm-plus warm $sft --model "$model" --data "$F/warm.jsonl" --epochs 9
 evaluate warm-plus "$F/warm-plus"
-longer sft-plus sft $sft --model "$F/warm" --data "$F/stage1.jsonl" --kl 0.01 --epochs 6
+longer sft-plus sft $sft --model "$F/warm" --data "$F/stage1.jsonl" --epochs 5
 evaluate sft-plus "$F/sft-plus"
 sample "$F/votes.json" "$F/warm" "$F/test.jsonl" --n 16 --temperature 0.7 --max-new-tokens 128 \
   --out "$F/votes.jsonl" --report "$F/votes.json"

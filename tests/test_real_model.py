@@ -56,7 +56,7 @@ def test_every_command_is_one_that_its_script_accepts(run):
         seed = {"s2r.stage0.arithmetic": 8, "s2r.stage0.verifications": 0}.get(name, 7)  # the rule has no use for one
         assert getattr(cfg, "seed", seed) == seed, words
     trained = {words[words.index("--out") + 1]: words for words in commands if words[0].startswith("train")}
-    assert set(trained) == {f"a folder/{name}" for name in "warm sft rl-outcome rl-process warm-plus sft-plus".split()}
+    assert set(trained) == {f"a folder/{name}" for name in "warm-2 warm sft rl-outcome rl-process warm-plus sft-plus".split()}
     assert all(words[words.index("--seed") + 1] == "7" and "--resume" in words for words in trained.values())
 
 
@@ -158,13 +158,19 @@ def expected_rows_of_the_trial() -> list[str]:
 
 
 def expected_rows_of_seed_100() -> list[str]:
-    sft = "+ SFT from {} epochs of warm-up"
-    models = {"warm": "warm-up, 4 epochs", "sft-early": sft.format(2), "sft": sft.format(4)}
-    problems = {".rl-problems": "RL problems", "": "test"}
+    models = {
+        "warm": "warm-up, 4 epochs",
+        "sft-early": "+ SFT from 2 epochs of warm-up",
+        "sft": "+ SFT from 4 epochs of warm-up",
+        "rl-process-24": "+ process-level RL, 24 steps",
+        "rl-process-48": "+ process-level RL, 48 steps",
+    }
+    kinds = {".rl-problems": "RL problems", "": "test", ".sampled": "test, sampled"}
     return [
         model_row(f"{text}, {what}", [report("trial/seed-100", name + kind)])
         for name, text in models.items()
-        for kind, what in problems.items()
+        for kind, what in kinds.items()
+        if (ROOT / "docs" / "real" / "trial" / "seed-100" / f"{name}{kind}.json").exists()
     ]
 
 
