@@ -71,19 +71,19 @@ def main(cfg: Config) -> None:
         print(show(trajectory), end="\n\n")
     if cfg.out:
         write_jsonl(cfg.out, (trajectory.to_row() for trajectory in trajectories))
-        journal.remove()
     if cfg.html:
         title = f"{cfg.model} on {cfg.ask or cfg.data}"
         Path(cfg.html).write_text(page(trajectories, tokenizer, title), "utf-8")
-    if cfg.ask:
-        return
-    sampled = sum(len(t.ids) for t in trajectories) - sum(len(rollout.ids) for rollout in journal.known)
-    metrics = summarize(trajectories) | at_k(trajectories) | {"tokens_per_second": sampled / seconds}
-    print(table({cfg.model: metrics}))
+    if cfg.data:
+        sampled = sum(len(t.ids) for t in trajectories) - sum(len(rollout.ids) for rollout in journal.known)
+        metrics = summarize(trajectories) | at_k(trajectories) | {"tokens_per_second": sampled / seconds}
+        print(table({cfg.model: metrics}))
     if cfg.report:
         report = {"model": cfg.model, "data": cfg.data} | settings | metrics
         with replacing(Path(cfg.report)) as partial:  # whole or not there: scripts take a report for the end of the work
             partial.write_text(json.dumps(report, indent=2) + "\n")
+    if cfg.out:
+        journal.remove()
 
 
 def check_settings(cfg: Config) -> None:

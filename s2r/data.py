@@ -1,7 +1,7 @@
 """Files in and out: problems, SFT trajectories, JSONL rows of any kind; and the order in which they are used.
 
     problem file, one JSON object a line     {"problem", "answer",
-                                              "solution"?, "formula"?, "level"?, "subject"?, "unique_id"?}
+                                              "solution"?, "formula"?, "level"?, "unique_id"?}
     or a published set as it comes           GSM8K, MATH, ASDiv, MMLU and more: `s2r/sets.py`
 
     trajectory file   {"unique_id", "problem", "answer", "trajectory": [solve, verify, solve, verify, …]}
@@ -34,7 +34,6 @@ class Problem:
     answer: str
     unique_id: str
     level: int | None = None  # difficulty, 1 (easy) to 5 in MATH
-    subject: str | None = None
     solution: str | None = None
     formula: str | None = None  # of the solution, as "7+2=9"; several are joined by "; "
 
@@ -43,9 +42,7 @@ class Problem:
 class Example:
     """One SFT trajectory: wrong solves with their checks, then a right one with its check."""
 
-    unique_id: str
     problem: str
-    answer: str
     trajectory: list[dict]  # steps, see the module docstring
 
 
@@ -187,7 +184,7 @@ def load_trajectories(path: str | Path) -> list[Example]:
             render(steps)
         except ValueError as error:
             raise ValueError(f"{path}: row {number}: {error}") from error
-        examples.append(Example(problem.unique_id, problem.problem, problem.answer, steps))
+        examples.append(Example(problem.problem, steps))
     return examples
 
 
@@ -206,7 +203,7 @@ def _problem(row: dict, unique_id: str) -> Problem:
     if not isinstance(row["solution"], str | None):
         raise ValueError(f'"solution" is {row["solution"]!r}; write a text or leave it out')
     unique_id = str(unique_id if row.get("unique_id") in (None, "") else row["unique_id"])
-    return Problem(problem, answer, unique_id, level, row["subject"], row["solution"], row["formula"])
+    return Problem(problem, answer, unique_id, level, row["solution"], row["formula"])
 
 
 def _check_steps(steps: object) -> None:

@@ -23,7 +23,7 @@ MEANING = {"body", "Body", "context", "choices", "options", "unit", "error", "pr
 
 
 def plain(row: dict) -> dict:
-    """The row with `problem`, `answer`, `solution`, `formula`, `level` and `subject` in our own form; other keys stay.
+    """The row with `problem`, `answer`, `solution`, `formula` and `level` in our own form; other keys stay.
 
     What cannot be converted stays as it is, and the reader of the row says what is wrong. Raises ValueError for a row
     that would be read in part.
@@ -54,7 +54,7 @@ def plain(row: dict) -> dict:
     sums = re.findall(r"<<([^<>]*)>>", solution) if isinstance(solution, str) else []  # GSM8K's calculator annotations
     return row | {
         "problem": row.get("problem"), "answer": answer, "solution": solution, "level": level,
-        "formula": row.get("formula") or "; ".join(sums) or None, "subject": row.get("subject", row.get("type")),
+        "formula": row.get("formula") or "; ".join(sums) or None,
     }
 
 

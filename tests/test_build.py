@@ -32,10 +32,10 @@ def rows(*answers: str | None, problem: str = PROBLEM, unique_id: str = "p", **o
 
 
 def build(
-    *answers: str | None, checks: list[tuple[str, str]] = CHECKS, short: bool = False, **other
+    *answers: str | None, checks: list[tuple[str, str]] = CHECKS, **other
 ) -> tuple[list[dict] | None, Counter]:
     counts = Counter()
-    return stage0.build(rows(*answers, **other), checks, random.Random(0), counts, short), counts
+    return stage0.build(rows(*answers, **other), checks, random.Random(0), counts), counts
 
 
 def settings(**change) -> stage0.Config:
@@ -119,24 +119,14 @@ def test_build_keeps_checks_that_box_an_answer():
     assert kinds(steps) == [True, "correct"]
 
 
-def test_build_takes_another_right_sample_where_one_has_no_true_verification():
-    samples = rows("34", "34", "34", "34")
-    samples[2]["text"] = "word " * 30 + samples[2]["text"]  # the one solution that is longer than its check
-    long = [("34", f"{'4 times ' * 9}34. {RIGHT}")]
-    for seed in range(5):
-        steps = stage0.build(samples, long, random.Random(seed), Counter(), short=True)
-        assert kinds(steps) == [True, "correct"] and steps[0]["text"] == samples[2]["text"]
-
-
-@pytest.mark.parametrize("verification, padding, short, why", [
-    (f"4*34=136. {RIGHT}", 99, True, None),
-    (f"4*34=136. {RIGHT}", 0, True, "longer than the solution"),
-    (f"4*34=136. {RIGHT}", 0, False, None),  # no limit
-    (rf"136/4=\boxed{{34}}. {RIGHT}", 99, True, None),
-    (f"4*34=136. {RIGHT} Or is it?", 99, True, "its verdict does not match the truth, or there is none"),
+@pytest.mark.parametrize("verification, why", [
+    (f"4*34=136. {RIGHT}", None),
+    (rf"136/4=\boxed{{34}}. {RIGHT}", None),
+    (f"4*34=136. {RIGHT} Or is it?", "its verdict does not match the truth, or there is none"),
+    (f"{'4 times ' * 99}34. {RIGHT}", None),  # longer than its solution
 ])  # fmt: skip
-def test_build_counts_the_rule_that_a_verification_breaks(verification, padding, short, why):
-    steps, counts = build("34", text="x" * padding + r"\boxed{34}", checks=[("34", verification)], short=short)
+def test_build_counts_the_rule_that_a_verification_breaks(verification, why):
+    steps, counts = build("34", checks=[("34", verification)])
     assert (steps is None) == (why is not None)
     assert {name for name in +counts if name.startswith("verification")} == ({f"verification: {why}"} if why else set())
 
@@ -206,7 +196,7 @@ def test_main_writes_a_file_that_train_sft_reads(tmp_path, capsys):
     samples = rows("34", "31", "32", "36", "34") + rows("1", "2", unique_id="hard")
     command(tmp_path, samples, keep=(0, 1, 1, 1))
     (example,) = load_trajectories(tmp_path / "t.jsonl")
-    assert len(example.trajectory) == 6 and example.answer == "34"
+    assert len(example.trajectory) == 6 and example.problem == PROBLEM
     assert "1  problem: no right sample" in capsys.readouterr().out
 
 
@@ -216,15 +206,6 @@ def test_main_finds_checks_by_problem_and_equivalent_answer(tmp_path, capsys):
     (example,) = load_trajectories(tmp_path / "t.jsonl")
     assert [step["text"] for step in example.trajectory[1::2]] == [f"B. {WRONG}", f"A. {RIGHT}"]
     assert "1  verification: none of this answer" in capsys.readouterr().out
-
-
-def test_main_drops_long_checks_only_if_asked(tmp_path, capsys):
-    """Of short solutions, as base models write them, every check is longer."""
-    command(tmp_path, rows("34", "31"))
-    assert len(load_trajectories(tmp_path / "t.jsonl")) == 1
-    with pytest.raises(ValueError, match="no problem gives a trajectory"):
-        command(tmp_path, rows("34", "31"), short=True)
-    assert "2  verification: longer than the solution" in capsys.readouterr().out
 
 
 def test_main_names_a_file_that_is_not_of_rollouts(tmp_path):

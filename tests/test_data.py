@@ -77,7 +77,7 @@ def test_load_problems_reads_our_format(tmp_path):
     path = write(tmp_path, {"problem": "1+1?", "answer": "2", "unique_id": "a", "level": 3, "subject": "S",
                             "solution": "s"}, {"problem": "2+2?", "answer": 4}, {"problem": "3?", "answer": "3", "unique_id": 0})
     assert load_problems(path) == [
-        Problem("1+1?", "2", "a", 3, "S", "s"), Problem("2+2?", "4", "file/1"), Problem("3?", "3", "0")]  # fmt: skip
+        Problem("1+1?", "2", "a", 3, "s"), Problem("2+2?", "4", "file/1"), Problem("3?", "3", "0")]  # fmt: skip
     assert len(load_problems(path, limit=1)) == 1 and len(load_problems(path, limit=9)) == 3
 
 
@@ -92,7 +92,7 @@ def test_load_problems_reads_math_as_published(tmp_path):
     row = {"problem": "x?", "level": "Level 4", "type": "Algebra", "solution": r"\boxed{1}, so \boxed{\frac{1}{2}}."}
     path = write(tmp_path, row, row | {"level": "Level ?"})
     first, second = load_problems(path)
-    assert first == Problem("x?", r"\frac{1}{2}", "file/0", 4, "Algebra", row["solution"])
+    assert first == Problem("x?", r"\frac{1}{2}", "file/0", 4, row["solution"])
     assert second.level is None
 
 
@@ -256,7 +256,7 @@ def test_load_trajectories_reads_one_and_more_trials(tmp_path):
     short = [solve(True), verify("correct")]
     long = [solve(False), verify("incorrect"), solve(False), verify("incorrect"), *short]
     assert load_trajectories(write(tmp_path, example(*short), example(*long))) == [
-        Example("u", "p", "2", short), Example("u", "p", "2", long)]
+        Example("p", short), Example("p", long)]
 
 
 def test_load_trajectories_takes_the_solutions_of_a_problem_file(tmp_path):

@@ -147,7 +147,7 @@ def test_pack_counts_a_shared_prompt_once():
 
 
 def test_sft_sequences_are_prompt_and_response_with_the_targets_behind_the_prompt(tokenizer):
-    examples = [Example(str(wrong), "3+4?", "7", steps(3, 4, wrong)) for wrong in range(3)]
+    examples = [Example("3+4?", steps(3, 4, wrong)) for wrong in range(3)]
     prefix, encoded = prompt("3+4?", tokenizer), [encode(example.trajectory, tokenizer) for example in examples]
     sequences, scored = sft_sequences(examples, tokenizer, 10**6, unmasked=False)
     for (ids, actions), sequence, positions in zip(encoded, sequences, scored, strict=True):

@@ -232,13 +232,16 @@ def test_sample_killed_at_any_point_goes_on_and_samples_nothing_twice(world, tmp
         assert begun.read_bytes() == journal
 
 
-def test_sample_keeps_what_it_sampled_until_the_rollouts_are_written(world, tmp_path, monkeypatch):
-    def full(path, rows):
+@pytest.mark.parametrize("name", ["write_jsonl", "page", "replacing"])  # of the rollouts, the page, the report
+def test_sample_keeps_what_it_sampled_until_all_is_written(world, tmp_path, monkeypatch, name):
+    def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sample, "write_jsonl", full)
+    monkeypatch.setattr(sample, name, full)
     with pytest.raises(OSError, match="No space"):
-        sample.main(sample.Config(model=world.base, data=world.problems, limit=2, max_new_tokens=4, out=str(tmp_path / "r.jsonl"), show=0))
+        sample.main(sample.Config(
+            model=world.base, data=world.problems, limit=2, max_new_tokens=4, show=0,
+            out=str(tmp_path / "r.jsonl"), html=str(tmp_path / "r.html"), report=str(tmp_path / "r.json")))  # fmt: skip
     assert len((tmp_path / "r.jsonl.begun").read_text().splitlines()) == 3  # settings and two rollouts
 
 
@@ -595,8 +598,9 @@ def test_signal_in_the_last_evaluation_is_no_success_and_the_evaluation_is_made_
         return prepared(*args, **options)
 
     monkeypatch.setattr(loop, "roll_out", interrupted)
-    with pytest.raises(SystemExit, match="1"):
-        train_sft.main(train_sft.Config(**settings))
+    for _ in range(2):  # in the run, and when it is resumed
+        with pytest.raises(SystemExit, match="1"):
+            train_sft.main(train_sft.Config(**settings, resume=True))
     monkeypatch.undo()
     assert [row["step"] for row in read_jsonl(tmp_path / "out" / "eval.jsonl")] == [0]
     for _ in range(2):

@@ -168,7 +168,7 @@ def test_encode_leaves_stop_token_listed_as_plain_as_text(tmp_path):
 def test_chat_of_unusual_template_equals_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
     template = (
-        "{{ bos_token }}{{ strftime_now('%Y') }}\n"
+        "{{ bos_token }}{{ strftime_now is defined }}\n"
         "{%- set ns = namespace(found=false) %}\n"
         "{%- for message in messages %}\n"
         "    {%- if message.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}\n"
@@ -188,6 +188,13 @@ def test_chat_of_unusual_template_equals_transformers(tmp_path):
     assert ours.chat(messages) == reference_chat(reference, messages)
     with pytest.raises(ValueError, match="refuses messages of roles tool .no tools."):
         ours.chat([{"role": "tool", "content": "x"}])
+
+
+def test_the_date_in_a_prompt_is_always_the_same(tmp_path):
+    """That of Llama 3.2's template where none is given: its line {% set date_string = strftime_now("%d %b %Y") %}."""
+    template = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}"
+    tokenizer = Tokenizer.from_pretrained(edit(tiny_tokenizer(tmp_path), "tokenizer_config.json", chat_template=template))
+    assert tokenizer.decode(tokenizer.chat(user("x"))) == "26 Jul 2024"
 
 
 def test_special_tokens_of_old_folders_equal_transformers(tmp_path):

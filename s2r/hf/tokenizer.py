@@ -58,7 +58,7 @@ def _compile(folder: Path, config: dict) -> jinja2.Template:
     env = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     env.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja's own escapes for HTML
     env.globals["raise_exception"] = raise_exception
-    env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    env.globals["strftime_now"] = datetime(2024, 7, 26).strftime  # else prompts would change at midnight
     try:
         return env.from_string(template)
     except jinja2.TemplateError as error:
@@ -130,8 +130,8 @@ class Tokenizer:
     def chat(self, messages: list[dict[str, str]]) -> list[int]:
         """Prompt ids of `[{"role", "content"}, …]`, ending where the assistant starts to speak.
 
-        Equal to `transformers`' apply_chat_template(messages, add_generation_prompt=True). Raises ValueError when the
-        template refuses the messages (some know no system role).
+        Equal to `transformers`' apply_chat_template(messages, add_generation_prompt=True), but a template that asks for
+        the date always gets the same one (Llama 3.2 does). Raises ValueError when the template refuses the messages (some know no system role).
         """
         try:
             return self._ids(self._render(messages, add_generation_prompt=True))

@@ -84,7 +84,7 @@ def start(main: Callable, config: type) -> None:
     except SystemExit as ended:  # a run that a signal stopped, --help, a wrong flag
         status = ended.code
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        file = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        file = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
         ours = file.parent == ROOT or any(file.is_relative_to(ROOT / room) for room in ("s2r", "kernels"))
         if isinstance(error, ValueError) and not ours:
             raise

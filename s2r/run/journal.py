@@ -62,6 +62,6 @@ class Journal:
                 file.write(json.dumps(asdict(rollout)) + "\n")
 
     def remove(self) -> None:
-        """Delete the files, once the rollout file is written."""
+        """Delete the files, once all that is made of the rollouts is written."""
         for file in (self.path, *self.path.parent.glob(f"{glob.escape(self.path.name)}-*")):
             file.unlink(missing_ok=True)

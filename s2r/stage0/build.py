@@ -29,7 +29,6 @@ class Config:
     out: str  # trajectory file to write
     # So that easy problems do not dominate. The release keeps about 0.24 at k = 1 and 0.5 to 1 at the others.
     keep: tuple[float, float, float, float] = (0.24, 1.0, 1.0, 1.0)  # fraction to keep at 1, 2, 3, 4 trials
-    short: bool = False  # drop checks longer than the solution they check
     seed: int = 0  # of the choice among samples and of the fraction to keep
 
 
@@ -88,12 +87,12 @@ def trials_wanted(wrong: int, samples: int) -> int:
 
 
 def build(
-    samples: Sequence[dict], checks: Sequence[tuple[str, str]], rng: random.Random, counts: Counter, short: bool
+    samples: Sequence[dict], checks: Sequence[tuple[str, str]], rng: random.Random, counts: Counter
 ) -> list[dict] | None:
     """The trajectory of one problem as the steps of a trajectory file, None if there is none.
 
-    `samples` are the problem's rows of the rollout file, `checks` its (answer, verification) pairs. `short` drops
-    checks longer than their solution (the paper filters by verdict alone). `counts` gets what was dropped, by reason.
+    `samples` are the problem's rows of the rollout file, `checks` its (answer, verification) pairs. Checks are filtered
+    by their verdict alone. `counts` gets what was dropped, by reason.
     """
     gold = samples[0]["answer"]
     usable = [(row["text"], answer) for row in samples if (answer := usable_answer(row)) is not None]
@@ -107,25 +106,22 @@ def build(
     k = trials_wanted(len(samples) - len(right), len(samples))
     rng.shuffle(wrong)
     wrong = [wrong[i] for i in distinct([answer for _, answer in wrong])]
-    right.insert(0, right.pop(rng.randrange(len(right))))  # the others only if it has no true check
 
     def trial(text: str, answer: str, truth: str) -> list[dict] | None:
         """The solve and the first true verification of its answer, as steps; None if there is none."""
         found = [verification for other, verification in checks if equivalent(other, answer)]
         true = [verification for verification in found if parse_verdict(verification) == truth]
-        kept = [verification for verification in true if not short or len(verification) <= len(text)]
         counts["verification: none of this answer"] += not found
         counts["verification: its verdict does not match the truth, or there is none"] += len(found) - len(true)
-        counts["verification: longer than the solution"] += len(true) - len(kept)
-        if not kept:
+        if not true:
             return None
         return [
             {"kind": "solve", "text": text.strip(), "correct": truth == "correct"},
-            {"kind": "verify", "text": kept[0], "verdict": truth},
+            {"kind": "verify", "text": true[0], "verdict": truth},
         ]
 
+    final = trial(*rng.choice(right), "correct")
     failed = [steps for attempt in wrong if (steps := trial(*attempt, "incorrect"))]
-    final = next((steps for attempt in right if (steps := trial(*attempt, "correct"))), None)
     if final is None:
         counts["problem: no true verification of the right answer"] += 1
         return None
@@ -147,7 +143,7 @@ def trajectories(rows: Sequence[dict], verifications: dict[str, list], cfg: Conf
     for unique_id, samples in problems.items():
         rng = random.Random(f"{cfg.seed} {unique_id}")  # a stream per problem: dropping one changes no other
         problem = {key: samples[0][key] for key in ("unique_id", "problem", "answer")}
-        steps = build(samples, verifications.get(problem["problem"], []), rng, counts, cfg.short)
+        steps = build(samples, verifications.get(problem["problem"], []), rng, counts)
         if steps is None:
             continue
         k = len(steps) // 2
