@@ -131,7 +131,8 @@ class Tokenizer:
         """Prompt ids of `[{"role", "content"}, …]`, ending where the assistant starts to speak.
 
         Equal to `transformers`' apply_chat_template(messages, add_generation_prompt=True), but a template that asks for
-        the date always gets the same one (Llama 3.2 does). Raises ValueError when the template refuses the messages (some know no system role).
+        the date (Llama 3.2's does) always gets the same. Raises ValueError when the template refuses the messages (some
+        know no system role).
         """
         try:
             return self._ids(self._render(messages, add_generation_prompt=True))
