@@ -588,9 +588,15 @@ def test_rl_sizes_that_do_not_fit_are_named(refused, world):
     assert f"{world.problems} holds 16 problems, --problems asks for 17" in refused("train_rl", problems=17)
 
 
-def test_signal_in_the_last_evaluation_is_no_success_and_the_evaluation_is_made_up_for(world, tmp_path, monkeypatch, handlers):
-    settings = SFT | {"model": world.base, "data": world.trajectories, "eval_data": world.problems, "eval_every": 1}
-    settings |= {"epochs": 1, "batch_size": 99, "max_new_tokens": 8, "out": str(tmp_path / "out")}
+@pytest.mark.parametrize("script", [train_sft, train_rl])
+def test_signal_in_the_last_evaluation_is_no_success_and_the_evaluation_is_made_up_for(
+    world, tmp_path, monkeypatch, handlers, script
+):
+    if script is train_sft:
+        settings = SFT | {"model": world.base, "data": world.trajectories, "epochs": 1, "batch_size": 99}
+    else:
+        settings = RL | {"model": world.sft, "data": world.problems, "steps": 1}
+    settings |= {"eval_data": world.problems, "eval_every": 1, "max_new_tokens": 8, "out": str(tmp_path / "out")}
 
     def interrupted(*args, prepared=loop.roll_out, **options):
         if (tmp_path / "out" / "log.jsonl").exists():  # after step 1, the only one
@@ -600,11 +606,11 @@ def test_signal_in_the_last_evaluation_is_no_success_and_the_evaluation_is_made_
     monkeypatch.setattr(loop, "roll_out", interrupted)
     for _ in range(2):  # in the run, and when it is resumed
         with pytest.raises(SystemExit, match="1"):
-            train_sft.main(train_sft.Config(**settings, resume=True))
+            script.main(script.Config(**settings, resume=True))
     monkeypatch.undo()
     assert [row["step"] for row in read_jsonl(tmp_path / "out" / "eval.jsonl")] == [0]
     for _ in range(2):
-        train_sft.main(train_sft.Config(**settings, resume=True))
+        script.main(script.Config(**settings, resume=True))
         assert [row["step"] for row in read_jsonl(tmp_path / "out" / "eval.jsonl")] == [0, 1]
 
 
