@@ -1,6 +1,7 @@
 """The expensive places of a language-model policy, each in a file of its own.
 
-    attention.py  causal attention over packed sequences, and over the sampler's cache
+    attention.py  causal attention over packed sequences
+    decode.py     attention of one new token per row over the sampler's cache
     logprob.py    log p of given tokens without ever holding the (T, V) logits
     sampling.py   one token per row from the logits, with its log-probability
     elementwise.py  rotary embedding and SwiGLU in one pass each

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels import attention as A
 from kernels import logprob as P
 from kernels import triton
+from kernels.decode import decode_attention, decode_attention_torch
 
 MODELS = {  # name: H, G, E, D, V
     "Qwen2.5-Math-1.5B": (12, 2, 128, 1536, 151_936),
@@ -156,8 +157,8 @@ def bench_decode(bandwidth: float) -> None:
             q = normal(S, H, E)
             k, v = (normal(S, G, C, E).transpose(1, 2) for _ in "kv")
             lengths = torch.full((S,), C, device="cuda")
-            ours = milliseconds(lambda: A.decode_attention(q, k, v, lengths))
-            twin = attempt(lambda: milliseconds(lambda: A.decode_attention_torch(q, k, v, lengths)))
+            ours = milliseconds(lambda: decode_attention(q, k, v, lengths))
+            twin = attempt(lambda: milliseconds(lambda: decode_attention_torch(q, k, v, lengths)))
             rate = 4 * S * C * G * E / ours / 1e6
             print(
                 f"| {name} {H}:{G}, E={E} | {S} × {C:,} | {ours:.3f} | {rate:,.0f} ({rate / bandwidth:.0%}) | "

@@ -20,7 +20,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from kernels.attention import attention, decode_attention
+from kernels.attention import attention
+from kernels.decode import decode_attention
 from kernels.elementwise import rotate, swiglu
 from kernels.linear import linear, prepack
 from s2r.hf import weights

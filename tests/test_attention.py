@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from kernels.attention import attention, decode_attention
+from kernels.attention import attention
+from kernels.decode import decode_attention
 
 GROUPS = [(2, 2), (4, 2), (3, 1), (14, 2)]  # (H, G): H/G = 1, 2, 3, 7
 E = 16

@@ -5,7 +5,8 @@ import torch
 from interpreter import DEVICE
 from test_attention import SHARED, naive, naive_packed
 
-from kernels.attention import _Attention, attention, attention_torch, decode_attention_triton
+from kernels.attention import _Attention, attention, attention_torch
+from kernels.decode import decode_attention_triton
 
 pytest.importorskip("triton")
 

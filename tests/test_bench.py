@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 triton = pytest.importorskip("triton")
-from kernels import attention, elementwise, logprob, sampling  # noqa: E402
+from kernels import attention, decode, elementwise, logprob, sampling  # noqa: E402
 
 SHARED_KB = {80: 163, 90: 227}  # of one program: A100 and H100, CUDA C++ Programming Guide, "Technical Specifications"
 
@@ -69,12 +69,12 @@ def kernels(capability: int) -> Iterator[tuple[str, object, dict[str, int], int,
             for shared in (False, True):
                 constants = heads | {"BLOCK_Q": BLOCK_Q, "BLOCK_K": BLOCK_K, "SHARED": shared}
                 yield f"attention {name}, E={E}{', shared prompts' * shared}", kernel, constants, warps, stages
-        decode = heads | {"BLOCK_H": 16, **attention._decode_tiles(BLOCK_E)}
-        warps, stages = decode.pop("num_warps"), decode.pop("num_stages")
+        constants = heads | {"BLOCK_H": 16, **decode._tiles(BLOCK_E)}
+        warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
         for SPLITS in (1, 8):
-            constants = decode | {"SPLITS": SPLITS}
-            yield f"decode forward, E={E}, {SPLITS} splits", attention._decode_kernel, constants, warps, stages
-        yield f"decode merge, E={E}", attention._merge_kernel, {"E": E, "SPLITS": 8, "BLOCK_E": BLOCK_E}, 2, 3
+            constants = constants | {"SPLITS": SPLITS}
+            yield f"decode forward, E={E}, {SPLITS} splits", decode._decode_kernel, constants, warps, stages
+        yield f"decode merge, E={E}", decode._merge_kernel, {"E": E, "SPLITS": 8, "BLOCK_E": BLOCK_E}, 2, 3
 
 
 def compile_all() -> list[dict]:

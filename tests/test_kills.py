@@ -145,8 +145,9 @@ def test_rank_that_is_lost_ends_the_other(folder, tmp_path):
 
 def test_nan_on_one_rank_stops_both_and_each_saves_its_batch(folder, tmp_path):
     out = tmp_path / "out"
-    assert finish(launch("rl", 2, folder, out, prepare=poison_the_second)) == [2, 2]
+    statuses = finish(launch("rl", 2, folder, out, prepare=poison_the_second))
     errors = Path(f"{out}.output").read_text()
+    assert statuses == [2, 2], errors
     for rank in (0, 1):
         file = out / f"batch-step-1-rank-{rank}.pt"
         assert f"the loss is nan, the gradient's norm is nan; the batch is saved in {file}" in errors
