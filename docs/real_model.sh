@@ -77,7 +77,7 @@ done
 # Controls, each with at least as many updates as the models that it stands beside: the runs above, continued.
 longer warm-plus warm $sft --model "$model" --data "$F/warm.jsonl" --epochs 9
 evaluate warm-plus "$F/warm-plus"
-longer sft-plus sft $sft --model "$F/warm" --data "$F/stage1.jsonl" --epochs 5
+longer sft-plus sft $sft --model "$F/warm" --data "$F/stage1.jsonl" --epochs 6
 evaluate sft-plus "$F/sft-plus"
 sample "$F/votes.json" "$F/warm" "$F/test.jsonl" --n 16 --temperature 0.7 --max-new-tokens 128 \
   --out "$F/votes.jsonl" --report "$F/votes.json"
