@@ -3,7 +3,8 @@
 #
 #     sh docs/real_model.sh MODEL asdiv.jsonl FOLDER SEED DTYPE
 #
-# MODEL is the Hugging Face folder of a small instruct model; everything goes to FOLDER. DTYPE: float32 or bfloat16.
+# MODEL is the Hugging Face folder of a small instruct model, after the practice of docs/real_model.md. Everything goes to
+# FOLDER. DTYPE: float32 or bfloat16.
 # What is made is not made again: to resume, give the same command again.
 set -eu
 [ $# = 5 ] || { echo "usage: sh docs/real_model.sh MODEL asdiv.jsonl FOLDER SEED DTYPE" >&2; exit 2; }
@@ -45,7 +46,7 @@ make "$F/test.jsonl" -m s2r.stage0.formula --data "$data" --folder "$F"
 greedy base "$model"
 
 # Warm-up: the base model rarely boxes an answer. It learns the form of a solution from the solutions. Calculations among
-# them, so that it does not forget what it practised; by their seed, other ones than those of the practice (seed 0).
+# them, so that it does not forget what it practised; drawn with another seed than those of the practice (0).
 make "$F/arithmetic.jsonl" -m s2r.stage0.arithmetic --out "$F/arithmetic.jsonl" --rows 300 --seed $((seed + 1))
 cat "$F/sft.jsonl" "$F/arithmetic.jsonl" > "$F/warm.jsonl"
 train warm-2 $sft --model "$model" --data "$F/warm.jsonl" --epochs 2
@@ -74,7 +75,10 @@ for level in outcome process; do
   evaluate rl-$level "$F/rl-$level"
 done
 
-# Controls, each with at least as many updates as the models that it stands beside: the runs above, continued.
+# Controls. The same RL without checks: of the warm-up model, which gives answers alone. Warm-up and SFT continued, for at
+# least as many updates as the models that they stand beside. Majority vote.
+train rl-warm $rl --model "$F/warm" --data "$F/rl.selected.jsonl" --level outcome
+evaluate rl-warm "$F/rl-warm"
 longer warm-plus warm $sft --model "$model" --data "$F/warm.jsonl" --epochs 9
 evaluate warm-plus "$F/warm-plus"
 longer sft-plus sft $sft --model "$F/warm" --data "$F/stage1.jsonl" --epochs 6
@@ -86,9 +90,10 @@ python -m s2r.stage0.audit "$F/sft.test.jsonl" "$F/sft-plus.test.jsonl" "$F/rl-o
   "$F/rl-process.test.jsonl"
 python -m s2r.view.report "$F/base.json"
 for kind in "" .sampled; do
-  python -m s2r.view.report "$F/warm$kind.json" "$F/warm-plus$kind.json" "$F/sft$kind.json" \
+  python -m s2r.view.report "$F/warm$kind.json" "$F/rl-warm$kind.json" "$F/warm-plus$kind.json" "$F/sft$kind.json" \
     "$F/sft-plus$kind.json" "$F/rl-outcome$kind.json" "$F/rl-process$kind.json" "$F/votes.json"
-  for pair in "warm-plus sft" "sft rl-outcome" "sft-plus rl-outcome" "sft rl-process" "sft-plus rl-process"; do
+  for pair in "warm-plus sft" "sft rl-outcome" "sft-plus rl-outcome" "warm-plus rl-outcome" "rl-warm rl-outcome" \
+    "sft rl-process" "sft-plus rl-process"; do
     python -m s2r.view.report "$F/${pair% *}$kind.json" "$F/${pair#* }$kind.json" | tail -1
   done
 done

@@ -56,7 +56,7 @@ def test_every_command_is_one_that_its_script_accepts(run):
         seed = {"s2r.stage0.arithmetic": 8, "s2r.stage0.verifications": 0}.get(name, 7)  # the rule has no use for one
         assert getattr(cfg, "seed", seed) == seed, words
     trained = {words[words.index("--out") + 1]: words for words in commands if words[0].startswith("train")}
-    assert set(trained) == {f"a folder/{name}" for name in "warm-2 warm sft rl-outcome rl-process warm-plus sft-plus".split()}
+    assert set(trained) == {f"a folder/{name}" for name in "warm-2 warm sft rl-outcome rl-process rl-warm warm-plus sft-plus".split()}
     assert all(words[words.index("--seed") + 1] == "7" and "--resume" in words for words in trained.values())
 
 
@@ -82,6 +82,7 @@ def test_usage(run):
 MODELS = {
     "base": "after practice",
     "warm": "warm-up",
+    "rl-warm": "warm-up + outcome-level RL (control)",
     "warm-plus": "warm-up, {} epochs (control)",
     "sft": "+ SFT",
     "sft-plus": "+ SFT, {} epochs (control)",
@@ -98,6 +99,8 @@ DIFFERENCES = {
     "SFT against more warm-up": ("warm-plus", "sft"),
     "outcome level against SFT": ("sft", "rl-outcome"),
     "outcome level against more SFT": ("sft-plus", "rl-outcome"),
+    "outcome level against more warm-up": ("warm-plus", "rl-outcome"),
+    "outcome level against the same without checks": ("rl-warm", "rl-outcome"),
     "process level against SFT": ("sft", "rl-process"),
     "process level against more SFT": ("sft-plus", "rl-process"),
     "process level against outcome level": ("rl-outcome", "rl-process"),
