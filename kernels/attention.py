@@ -20,15 +20,15 @@ Maths, for one head, σ = 1/√E, causal inside each sequence:
     backward   δ_i = o_i·do_i        dp_ij = do_i·v_j            ds_ij = p_ij·(dp_ij − δ_i)
                dq_i = σ·Σ_j ds_ij·k_j      dk_j = σ·Σ_i ds_ij·q_i      dv_j = Σ_i p_ij·do_i
 
-The (T, T) scores never leave the chip. The forward pass walks over blocks of keys and keeps, per query, the largest
-score so far m, the sum of e^(s − m), and the output so far; when a later block raises m, the last two are scaled down
-(online softmax, arXiv 1805.02867). It saves one number per query and head, l; the backward pass computes s again from q
-and k, gets p from l, and so needs no (T, T) array either (FlashAttention, arXiv 2205.14135). Saved for the backward:
-q, k, v, o and l, that is O(T); a stored p would be 8 GB for 32 heads and one sequence of 8,192 tokens in fp32.
+The (T, T) scores never leave the chip. The forward pass walks over blocks of keys. Per query it keeps the
+largest score so far m, the sum of e^(s − m), and the output so far. When a later block raises m, the last
+two are scaled down (online softmax, arXiv 1805.02867). It saves one number per query and head, l. The
+backward pass computes s again from q and k and gets p from l, so it needs no (T, T) array either
+(FlashAttention, arXiv 2205.14135). A stored p would be 8 GB for 32 heads and 8,192 tokens in fp32.
 
-Grid: one program per block of queries (forward, dq) or of keys (dk, dv) and head. Blocks beyond the diagonal are never
-loaded, and only those on it are masked. Exponents are to base 2, with log2(e) folded into the scale, because the chip
-computes 2^x and has to multiply for e^x; the saved l is to base 2 as well.
+Grid: one program per head and block of queries (forward, dq) or of keys (dk, dv). Blocks beyond the
+diagonal are never loaded, and only those on it are masked. Exponents, and the saved l, are to base 2, with
+log2(e) folded into the scale: the chip computes 2^x, and would have to multiply for e^x.
 """
 
 from __future__ import annotations
