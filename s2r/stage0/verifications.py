@@ -13,7 +13,7 @@ the check in the words of somebody rereading their own work, with the verdict as
 be untrue here: `s2r.stage0.build` drops those.
 
 A verification file has one JSON object per line, {"unique_id", "problem", "answer", "verification"}. You can
-also write one yourself. Each verification is saved at once, and the same command resumes an aborted run.
+also write one yourself. The same command resumes an aborted run.
 """
 
 import json
