@@ -58,14 +58,14 @@ def main(cfg: Config) -> None:
     journal = Journal(cfg, problems, ranks, dtype)
 
     settings = {name: getattr(cfg, name) for name in ("n", "temperature", "max_new_tokens", "seed", "slots")}
-    options = {"known": journal.known, "each": journal.add, "progress": not cfg.ask and not ranks.rank}
+    options = {"known": journal.known, "each": journal.add, "progress": not cfg.ask and ranks.first}
     start = time.perf_counter()
     trajectories = loop.roll_out_together(
         ranks, model, tokenizer, problems, prefill_tokens=cfg.tokens_per_microbatch, to_first=True, **settings, **options
     )
     seconds = time.perf_counter() - start
-    if ranks.rank:
-        return  # the first writes for all
+    if not ranks.first:
+        return  # it writes for all
 
     for trajectory in trajectories if cfg.ask else trajectories[: cfg.show]:
         print(show(trajectory), end="\n\n")
@@ -91,8 +91,9 @@ def check_settings(cfg: Config) -> None:
     flags.check(cfg, "n", "max_new_tokens", "slots")
     if bool(cfg.data) == bool(cfg.ask):
         raise ValueError(f"give --data, a problem file, or --ask, one problem, and not both; {flags.TOY}")
-    if cfg.ask and (cfg.report or (cfg.html and not cfg.answer)):
-        raise ValueError("--ask: a --report is of a data set, and --html judges, so it needs --answer; leave them out")
+    if cfg.ask and (cfg.report or ((cfg.out or cfg.html) and not cfg.answer)):
+        what = "a --report is of a data set, and --out and --html judge, so they need --answer"
+        raise ValueError(f"--ask: {what}; leave them out")
     if cfg.data and cfg.answer:
         raise ValueError("--answer belongs to --ask; the problem file of --data has its own")
     if cfg.out and cfg.data and os.path.realpath(cfg.out) == os.path.realpath(cfg.data):

@@ -2,7 +2,7 @@
 
     python train_rl.py --model DIR2 --data F.jsonl --out DIR3 --level outcome
     python train_rl.py --model DIR2 --offline ROLLOUTS.jsonl --out DIR4 --level process --baseline position
-    torchrun --nproc-per-node 8 train_rl.py …                                   the same flags, one process per GPU
+    torchrun --nproc-per-node 8 -- train_rl.py …                                the same flags, one process per GPU
 
 DIR2 is the SFT model. One RL step samples M rollouts of each of N problems, judges them by rule, computes their
 log-probabilities under π_old and π_ref, and takes several clipped policy-gradient updates on them. Offline, the
@@ -12,16 +12,14 @@ rollouts come from a file that DIR2 sampled (`sample.py --n 8 --temperature 0.7 
 import s2r  # isort: skip  # noqa: F401  before torch: it settles how torch's threads wait
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 
 from s2r import metrics, offline, rl
-from s2r.data import draw, load_problems, order
-from s2r.model import Transformer
+from s2r.data import draw, load_problems
+from s2r.model import Frozen, Transformer
 from s2r.packing import Pack, pack, policy_logp
 from s2r.rollouts import Trajectory, encode_prompts, sequences
 from s2r.run import flags, loop, memory
@@ -42,7 +40,7 @@ class Config:
     rollouts: int = 4  # M, rollouts per problem (paper: 4)
     updates: int = 4  # optimizer updates per RL step, each on its own rollouts; online split by problem (paper: 4)
     temperature: float = 0.7  # of sampling, and of every log-probability (paper: 0.7)
-    beta: float = 0.05  # β, weight of the KL to π_ref in the advantage (paper: 0.05; 0.01 for Qwen2.5-Math-7B)
+    beta: float = 0.05  # β, weight of the KL to π_ref; no effect offline (paper: 0.05; 0.01 for Qwen2.5-Math-7B)
     epsilon: float = 0.2  # ε, clip range of the ratio (paper: 0.2)
     lr: float = 5e-7  # learning rate after warm-up (paper: 5e-7)
     warmup: int = 5  # updates of linear warm-up (paper: 5)
@@ -70,6 +68,8 @@ class Config:
 def main(cfg: Config) -> None:
     check_settings(cfg)
     problems = load_problems(cfg.data) if cfg.data else []
+    if cfg.data and cfg.problems > len(problems):
+        raise ValueError(f"{cfg.data} holds {len(problems)} problems, --problems asks for {cfg.problems} a step; lower it")
     ranks, dtype = loop.pick(cfg)
     model, tokenizer = loop.load(cfg, ranks, dtype, train=True)  # π_θ
     reference = loop.load_frozen(cfg, ranks, dtype, model) if cfg.beta or cfg.offline else None  # π_ref
@@ -77,12 +77,8 @@ def main(cfg: Config) -> None:
     stop = loop.Stop(ranks)
     sampler = loop.Sampler(cfg, ranks, model, tokenizer, stop)
     prompts = encode_prompts(problems, tokenizer, model.config.max_positions)
-    if cfg.offline:
-        collect, credit, recorded = offline_source(cfg, tokenizer, reference, ranks)
-        ranks.release(model)  # run as π_old with --lora, it is gathered; the optimizer needs it sharded
-    else:
-        collect, credit, recorded = online_source(cfg, problems, sampler)
-    if ranks.rank == 0:
+    recorded, recorded_credits = load_recorded(cfg, ranks, tokenizer, model, reference) if cfg.offline else ([], [])
+    if ranks.first:
         print(memory.report(cfg, model, ranks, sequences=sequences(recorded)[0], prompts=prompts, held_out=sampler.prompts))
     run = Run(cfg, ranks, data=cfg.offline or cfg.data, steps=cfg.steps)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=True)
@@ -93,26 +89,34 @@ def main(cfg: Config) -> None:
     for step in range(done + 1, cfg.steps + 1):
         clock = loop.Clock()
         # 1. Sample M responses to each of N problems from the current policy; judge them (offline: draw from the file).
-        trajectories = collect(step)
+        if cfg.offline:
+            rows = draw(len(recorded), cfg.problems * cfg.rollouts, step, cfg.seed)
+            trajectories = [recorded[i] for i in rows]
+        else:
+            rows = draw(len(problems), cfg.problems, step, cfg.seed)
+            trajectories = sampler([problems[i] for i in rows], n=cfg.rollouts, temperature=cfg.temperature, step=step)
         run.end_step(model, optimizer, step - 1, stop)  # exits if a signal cut the sampling short: drops this step
         clock.lap("rollout")
 
         # 2. Give each span its reward and baseline: the whole trajectory, or each of its actions.
-        credits = credit(trajectories)
+        if cfg.offline:
+            credits = [recorded_credits[i] for i in rows]
+        else:
+            credits = rl.online_credit(trajectories, cfg.level, cfg.rollouts)
 
         # 3. Split the rollouts over the updates (online by problem); score them under π_old and π_ref.
+        pairs = list(zip(trajectories, credits))  # N·M, in random order, online problem by problem
+        borders = [cfg.problems * u // cfg.updates * cfg.rollouts for u in range(cfg.updates + 1)]
+        parts = [pairs[start:end] for start, end in zip(borders, borders[1:])]
         updates = []
-        shuffled = order(cfg.problems, cfg.seed + 1, step)  # + 1: other permutations than those of the data
-        groups = np.arange(len(trajectories)).reshape(-1, cfg.rollouts)[shuffled]  # (N, M)
-        for update, rows in enumerate(np.array_split(groups, cfg.updates)):
-            part = [(trajectories[i], credits[i]) for i in rows.flat]
-            first = update == 0 and not cfg.offline  # the weights are still π_old's: step 4 finds log π_old itself
+        for u, part in enumerate(parts):
+            first = u == 0 and not cfg.offline  # the weights are still π_old's: step 4 finds log π_old itself
             updates.append(score(part, ranks, None if first else old, reference, cfg))
         clock.lap("score")
 
         # 4. Advantages and policy gradient: one optimizer step per update, its loss the sum over its micro-batches.
         outside, norms = [], []  # outside: which ratios left the clip range
-        for count, micro_batches in enumerate(updates, start=1 + (step - 1) * cfg.updates):  # updates of the run
+        for u, (part, micro_batches) in enumerate(zip(parts, updates)):
             total = torch.zeros((), device=ranks.device)
             for m in micro_batches:
                 logp, entropy = policy_logp(model, m.pack, cfg.temperature)
@@ -123,8 +127,9 @@ def main(cfg: Config) -> None:
                 (loss * ranks.size).backward()  # the ranks' gradients are averaged, and we want their sum
                 outside.append(left_range)
                 total += loss.detach()
+            count = (step - 1) * cfg.updates + u + 1  # updates of the run, this one included
             lr = cfg.lr * min(1.0, count / max(cfg.warmup, 1))
-            what = f"problems {list(dict.fromkeys(t.problem.unique_id for t in trajectories))}"
+            what = f"problems {list(dict.fromkeys(t.problem.unique_id for t, _ in part))}"
             norm = loop.optimizer_step(
                 run, model, optimizer, step=step, lr=lr, loss=total.item(), what=what, batch=micro_batches
             )
@@ -135,7 +140,7 @@ def main(cfg: Config) -> None:
         scored = [m for micro_batches in updates for m in micro_batches]
         row = measure(trajectories, credits, scored, torch.cat(outside), ranks, cfg)
         run.log({"step": step} | row | {"grad_norm": sum(norms) / len(norms), "lr": lr} | clock.parts)
-        if cfg.show_every and step % cfg.show_every == 0 and run.first:
+        if cfg.show_every and step % cfg.show_every == 0 and ranks.first:
             print(show(trajectories[0]), end="\n\n")
         sampler.evaluate(run, step)
         run.end_step(model, optimizer, step, stop)
@@ -155,31 +160,16 @@ def check_settings(cfg: Config) -> None:
         raise ValueError(f"--updates {cfg.updates}: a step has only {cfg.problems} problems; lower it or raise --problems")
 
 
-def online_source(cfg: Config, problems: list, sampler: loop.Sampler) -> tuple[Callable, Callable, list]:
-    """collect(step): judged trajectories; credit(trajectories): a Credit for each; []: nothing is recorded."""
-    if cfg.problems > len(problems):
-        raise ValueError(f"{cfg.data} holds {len(problems)} problems, --problems asks for {cfg.problems} a step; lower it")
-
-    def collect(step: int) -> list[Trajectory]:
-        rows = draw(len(problems), cfg.problems, step, cfg.seed)
-        return sampler([problems[i] for i in rows], n=cfg.rollouts, temperature=cfg.temperature, step=step)
-
-    return collect, lambda trajectories: rl.online_credit(trajectories, cfg.level, cfg.rollouts), []
-
-
-def offline_source(cfg: Config, tokenizer, reference, ranks: Ranks) -> tuple[Callable, Callable, list]:
-    """As `online_source`, from recorded rollouts, which come third; their credit is computed once, over all of them."""
+def load_recorded(
+    cfg: Config, ranks: Ranks, tokenizer, model: Transformer, reference: Transformer | Frozen
+) -> tuple[list[Trajectory], list[rl.Credit]]:
+    """The rollouts of --offline that are fit to learn from, and the credit of each, computed once over all of them."""
     recorded, accuracy, counts = offline.recall(cfg.offline, tokenizer, cfg.temperature, cfg.problems * cfg.rollouts)
-    if ranks.rank == 0:
+    if ranks.first:
         print("\n".join(f"{count:7,}  {what}" for what, count in counts.items()))
     offline.check_policy(cfg.offline, recorded[:8], reference, cfg.tokens_per_microbatch)
-    found = offline.offline_credit(recorded, cfg.level, accuracy, cfg.baseline)
-    credits = {id(trajectory): credit for trajectory, credit in zip(recorded, found)}
-
-    def collect(step: int) -> list[Trajectory]:
-        return [recorded[i] for i in draw(len(recorded), cfg.problems * cfg.rollouts, step, cfg.seed)]
-
-    return collect, lambda trajectories: [credits[id(t)] for t in trajectories], recorded
+    ranks.release(model)  # with --lora the check has run it as π_old and left it gathered; the optimizer needs it sharded
+    return recorded, offline.offline_credit(recorded, cfg.level, accuracy, cfg.baseline)
 
 
 @dataclass
@@ -199,16 +189,18 @@ class Scored:
 
 @torch.no_grad()
 def score(
-    part: list[tuple[Trajectory, rl.Credit]], ranks: Ranks, old: Transformer | None, reference: Transformer | None,
-    cfg: Config,
+    pairs: list[tuple[Trajectory, rl.Credit]], ranks: Ranks, old: Transformer | Frozen | None,
+    reference: Transformer | Frozen | None, cfg: Config,
 ) -> list[Scored]:  # fmt: skip
     """This rank's micro-batches of one update, scored under π_ref and, if it is given, π_old. The update reuses them."""
-    total, device = len(part), ranks.device
-    part = [part[i] for i in ranks.share([len(t.prompt_ids) + len(t.ids) for t, _ in part])]
-    out, prompts = [], [len(t.prompt_ids) for t, _ in part]
-    for p in ranks.even(pack(*sequences([t for t, _ in part]), cfg.tokens_per_microbatch, device, prompts)):
-        span, reward, baseline, weight = rl.spans([part[row][1] for row in p.rows], total, device)
-        sampled = torch.tensor([x for row in p.rows for x in part[row][0].logp], device=device)
+    mine = [pairs[i] for i in ranks.share([len(t.prompt_ids) + len(t.ids) for t, _ in pairs])]
+    ids, positions = sequences([t for t, _ in mine])
+    prompts = [len(t.prompt_ids) for t, _ in mine]
+    out = []
+    for p in ranks.even(pack(ids, positions, cfg.tokens_per_microbatch, ranks.device, prompts)):
+        rows = [mine[row] for row in p.rows]
+        span, reward, baseline, weight = rl.spans([credit for _, credit in rows], len(pairs), ranks.device)
+        sampled = torch.tensor([x for t, _ in rows for x in t.logp], device=ranks.device)
         logp_old, entropy = policy_logp(old, p, cfg.temperature) if old is not None else (None, None)
         if reference is None:
             logp_ref = sampled  # β = 0: it is multiplied by zero
@@ -220,16 +212,17 @@ def score(
 
 
 def measure(trajectories, credits, scored: list[Scored], outside: torch.Tensor, ranks: Ranks, cfg: Config) -> dict:
-    """The numbers of one step, over all its rollouts and tokens and all ranks; docs/logging.md explains each."""
+    """The numbers of one step, over all its rollouts and tokens and all ranks (docs/logging.md). Prints warning signs."""
     summary = metrics.summarize(trajectories)
     rewards = [sum(credit.reward) / len(credit.reward) for credit in credits]  # weighed as in the loss: 1/|y|_a each
-    if ranks.rank == 0:
+    if ranks.first:
         for sentence in metrics.warnings(summary, rewards):
             print(f"warning: {sentence}", file=sys.stderr)
     logged = "accuracy first_accuracy trials va va_right er cp icr cir say_correct repeats tokens finished".split()
-    old, ref, sampled, entropy = (
-        torch.cat([getattr(m, name) for m in scored]) for name in ("logp_old", "logp_ref", "logp_sampled", "entropy")
-    )
+    old = torch.cat([m.logp_old for m in scored])  # this rank's sampled tokens of the step; the others alike
+    ref = torch.cat([m.logp_ref for m in scored])
+    sampled = torch.cat([m.logp_sampled for m in scored])
+    entropy = torch.cat([m.entropy for m in scored])
     sums = [x.sum().item() for x in (old - ref, entropy, (sampled - old).abs(), outside)]
     kl, surprise, gap, clipped, tokens, spans = ranks.sum([*sums, len(old), len(outside)])
     return {

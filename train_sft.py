@@ -1,7 +1,7 @@
 """Stage 1, behaviour initialisation: masked SFT on trajectories that check and correct themselves (paper §2.2.4).
 
     python train_sft.py --model DIR --data TRAJ.jsonl --out DIR2
-    torchrun --nproc-per-node 8 train_sft.py …                          the same flags, one process per GPU
+    torchrun --nproc-per-node 8 -- train_sft.py …                       the same flags, one process per GPU
 
 The loss is equation (1) plus β_sft · KL(π ‖ π_base), both on the target tokens; --kl is β_sft. Targets are every
 verify, the last solve, the stop token and the transitions from one action to the next. The wrong solves are
@@ -69,7 +69,7 @@ def main(cfg: Config) -> None:
     steps = cfg.epochs * math.ceil(len(sequences) / cfg.batch_size)
     stop = loop.Stop(ranks)
     sampler = loop.Sampler(cfg, ranks, model, tokenizer, stop)
-    if ranks.rank == 0:
+    if ranks.first:
         print(f"{len(sequences)} of {len(examples)} examples within {longest} tokens, {steps} steps")
         print(memory.report(cfg, model, ranks, sequences=sequences, held_out=sampler.prompts))
     run = Run(cfg, ranks, data=cfg.data, steps=steps)

@@ -157,8 +157,7 @@ def load_problems(path: str | Path, limit: int = 0) -> list[Problem]:
             failed[number] = error
     if failed:
         number, error = next(iter(failed.items()))
-        first = ", ".join(map(str, list(failed)[:10])) + f" and {len(failed) - 10} more" * (len(failed) > 10)
-        more = f" (rows that fail: {first})" if len(failed) > 1 else ""
+        more = f" ({len(failed)} rows fail, the first: {list(failed)[:10]})" if len(failed) > 1 else ""
         raise ValueError(f"{path}: row {number}: {error}{more}") from error
     if blank:
         print(f"{path}: rows with an empty answer, skipped: {', '.join(map(str, blank))}", file=sys.stderr)
@@ -188,9 +187,10 @@ def load_trajectories(path: str | Path) -> list[Example]:
     return examples
 
 
-def _problem(row: dict, unique_id: str) -> Problem:
-    """One row as a Problem, with `unique_id` if it has none; ValueError saying what is wrong with it."""
-    fix, row = f"keys are {', '.join(row) or 'none'}; add it or drop the row", plain(row)
+def _problem(row: dict, default_id: str) -> Problem:
+    """One row as a Problem, with `default_id` if it has no unique_id; ValueError saying what is wrong with it."""
+    fix = f"keys are {', '.join(row) or 'none'}; add it or drop the row"
+    row = plain(row)
     problem, answer, level = row["problem"], row["answer"], row["level"]
     if not isinstance(problem, str) or not problem.strip():
         raise ValueError(f'no "problem" (or GSM8K\'s "question"), {fix}')
@@ -202,7 +202,7 @@ def _problem(row: dict, unique_id: str) -> Problem:
         raise ValueError(f'"level" is {level!r}; write a whole number or leave it out')
     if not isinstance(row["solution"], str | None):
         raise ValueError(f'"solution" is {row["solution"]!r}; write a text or leave it out')
-    unique_id = str(unique_id if row.get("unique_id") in (None, "") else row["unique_id"])
+    unique_id = default_id if row.get("unique_id") in (None, "") else str(row["unique_id"])
     return Problem(problem, answer, unique_id, level, row["solution"], row["formula"])
 
 

@@ -46,12 +46,13 @@ def generate(
 ) -> list[Rollout]:  # fmt: skip
     """Sample n responses to each prompt, from the whole distribution softmax(logits / temperature); 0 takes the argmax.
 
-    `streams` names the random stream of each prompt (default: its index), so that a rank that samples a part of the
-    prompts draws what one process would. `slots`, the rows decoded at a time, and `prefill_tokens`, the prompt tokens
-    run through the model at a time, change memory and speed alone. As soon as `stop()` is true, sampling ends with the
-    rollouts that are complete. `known` rollouts, of an aborted run, are not sampled again; `each` gets a new one as it
-    ends. Returns the rollouts in order: prompt 0 sample 0, prompt 0 sample 1, … Raises ValueError for an empty prompt
-    or one that leaves no room in the model's context, and for settings that make no sense.
+    `seed` and `step` choose the random numbers, and `streams` those of each prompt (default: its index), so that a rank
+    that samples a part of the prompts draws what one process would. `slots`, the rows decoded at a time, and
+    `prefill_tokens`, the prompt tokens run through the model at a time, change memory and speed alone. As soon as
+    `stop()` is true, sampling ends with the rollouts that are complete. `known` rollouts, of an aborted run, are not
+    sampled again; `each` gets a new one as it ends. Returns the rollouts in order: prompt 0 sample 0, prompt 0 sample 1,
+    … Raises ValueError for an empty prompt or one that leaves no room in the model's context, and for settings that make
+    no sense.
     """
     assert model.embed.dtype == model.dtype, "sample from a copy in the compute dtype, not from master weights"
     if max_new_tokens < 1 or not temperature >= 0 or slots < 1 or n < 1:
@@ -61,7 +62,7 @@ def generate(
     for i, prompt in enumerate(prompts):
         if not 0 < len(prompt) < context:
             raise ValueError(f"prompt {i} has {len(prompt)} tokens; the model's context holds 1 to {context - 1}")
-    names = range(len(prompts)) if streams is None else streams
+    streams = range(len(prompts)) if streams is None else streams
     rollouts = {(rollout.prompt, rollout.sample): rollout for rollout in known}
     waiting = deque((i, j) for i in range(len(prompts)) for j in range(n) if (i, j) not in rollouts)
     if not waiting:
@@ -75,7 +76,7 @@ def generate(
         free = list(range(slots))
         while True:
             jobs = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]
-            generators = [np.random.default_rng((seed, step, names[i], j)) for i, j in jobs]
+            generators = [np.random.default_rng((seed, step, streams[i], j)) for i, j in jobs]
             rows.start(free[: len(jobs)], jobs, generators, waiting)
             for slot in reversed(free[len(jobs) :]):  # nothing waits: close the hole
                 rows.close(slot)
@@ -122,32 +123,35 @@ class _Rows:
         self.produced = torch.zeros(slots, dtype=torch.int64, device=device)  # tokens sampled so far
         self.done = torch.ones(slots, dtype=torch.bool, device=device)  # has stopped, or holds no job
         self.steps_per_look, ratio = pace(device)
-        self.sizes = [slots // ratio**i for i in range(20) if slots // ratio**i] if ratio > 1 else []  # of a batch
+        self.sizes = []  # allowed batch sizes, falling; none: any
+        while ratio > 1 and slots:
+            self.sizes.append(slots)
+            slots //= ratio
         self.graphs: dict[int, torch.cuda.CUDAGraph | None] = {}  # batch size → its step; None: has run once
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None  # they run one at a time
 
     def start(
-        self, slots: list[int], jobs: list[tuple[int, int]], streams: list[np.random.Generator],
+        self, slots: list[int], jobs: list[tuple[int, int]], generators: list[np.random.Generator],
         waiting: Iterable[tuple[int, int]] = (),
     ) -> None:  # fmt: skip
         """Put jobs, which come in the order of their prompts, into free slots; `waiting` jobs come next."""
         cache = self.cache
-        for at, (slot, (i, j), stream) in enumerate(zip(slots, jobs, streams)):
+        for at, (slot, (i, j), generator) in enumerate(zip(slots, jobs, generators)):
             if i not in self.prefilled:
-                self.prefilled = k = v = None  # the memory of the prompts before
+                self.prefilled = k = v = None  # frees those of the prompts before, of which k and v are views
                 self.prefilled = self._prefill(following for following, _ in chain(jobs[at:], waiting))
             prompt, (k, v) = self.prompts[i], self.prefilled[i]
             t = len(prompt) - 1  # the prompt's last token is the row's first input
             cache.k[:, slot, :t], cache.v[:, slot, :t], cache.lengths[slot] = k, v, t
             self.token[slot] = prompt[-1]
-            self.uniform[slot, : self.room] = torch.from_numpy(stream.random(self.room, dtype=np.float32))
+            self.uniform[slot, : self.room] = torch.from_numpy(generator.random(self.room, dtype=np.float32))
             self.produced[slot], self.done[slot] = 0, False
             self.jobs[slot : slot + 1] = [(i, j)]  # replaces the slot's job, or appends one
 
-    def _prefill(self, prompts: Iterable[int]) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-        """Keys and values of the first of these prompts, and of as many that follow as `prefill_tokens` allows."""
+    def _prefill(self, indices: Iterable[int]) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of the first of the prompts with these indices, and of as many that follow as `prefill_tokens` allows."""
         chosen, ids, borders = [], [], [0]
-        for i in dict.fromkeys(prompts):
+        for i in dict.fromkeys(indices):
             if chosen and len(ids) + len(self.prompts[i]) > self.prefill_tokens:
                 break
             chosen.append(i)
@@ -160,8 +164,9 @@ class _Rows:
     def step(self) -> list[int]:
         """Sample one token for every row, on a GPU several. Returns the slots whose row is now complete, ascending."""
         S = min((size for size in self.sizes if size >= len(self.jobs)), default=len(self.jobs))
+        advance = self._replay if self.token.is_cuda else self._advance
         for _ in range(self.steps_per_look):
-            self._replay(S) if self.token.is_cuda else self._advance(S)
+            advance(S)
         return self.done[: len(self.jobs)].nonzero()[:, 0].tolist()
 
     def _advance(self, S: int) -> None:

@@ -52,6 +52,11 @@ class Action:
     truth: str | None = None  # verify: the verdict it should give; None until judged, or without a solve before it
     sound: bool | None = None  # verify: is its reasoning right? None until an audit has read it
 
+    @property
+    def right(self) -> bool:
+        """Is a judged solve right, a verdict true? No verdict is not true, nor is one without a solve before it."""
+        return bool(self.correct) if self.kind == "solve" else self.truth is not None and self.verdict == self.truth
+
 
 def cut(text: bytes) -> list[tuple[int, str]]:
     """First byte and kind of each action of a response; the first action begins at byte 0.
@@ -79,11 +84,13 @@ def parse(ids: list[int], tokenizer: Tokenizer) -> list[Action]:
         token = bisect_right(offsets, byte) - 1 if byte else 0
         kinds.setdefault(token, kind)  # at most one action begins in a token
 
-    actions = []
-    for (start, kind), end in zip(kinds.items(), [*kinds, len(ids)][1:]):  # each ends where the next one starts
+    starts, actions = list(kinds), []
+    for start, end in zip(starts, [*starts[1:], len(ids)]):  # each ends where the next one starts
         text = b"".join(pieces[start:end]).decode("utf-8", errors="replace")
-        read = {"answer": extract_answer(text)} if kind == "solve" else {"verdict": parse_verdict(text)}
-        actions.append(Action(kind, start, end, text, **read))
+        if kinds[start] == "solve":
+            actions.append(Action("solve", start, end, text, answer=extract_answer(text)))
+        else:
+            actions.append(Action("verify", start, end, text, verdict=parse_verdict(text)))
     return actions
 
 

@@ -46,8 +46,8 @@ def _mean(values: list) -> float | None:
 
 
 def _true(verifies: list) -> float | None:
-    """Fraction of verifies that are true; one without a readable verdict, or before any solve, is not."""
-    return _mean([verify.truth is not None and verify.verdict == verify.truth for verify in verifies])
+    """Fraction of verifies whose verdict is true."""
+    return _mean([verify.right for verify in verifies])
 
 
 def summarize(trajectories: Sequence) -> dict:
@@ -61,7 +61,8 @@ def summarize(trajectories: Sequence) -> dict:
     assert all(solve.correct is not None for row in solves for solve in row), "judge the actions first"
     first = [bool(row and row[0].correct) for row in solves]
     last = [bool(row and row[-1].correct) for row in solves]
-    by_level, trials = {}, [len(row) for row in solves]
+    trials = [len(row) for row in solves]
+    by_level = {}
     for level in sorted({t.problem.level for t in trajectories} - {None}):
         at = [i for i, t in enumerate(trajectories) if t.problem.level == level]
         right, tried = _mean([last[i] for i in at]), _mean([trials[i] for i in at])
@@ -99,14 +100,18 @@ def at_k(trajectories: Sequence) -> dict:
         by_problem.setdefault(t.problem.unique_id, []).append(solves[-1] if solves else None)
     last = list(by_problem.values())  # (problems, n) last solves
     right = [sum(bool(solve and solve.correct) for solve in row) for row in last]  # (problems,)
-    (n,) = {len(row) for row in last}  # or it is no set of n responses per problem
+    n = len(last[0])
+    assert all(len(row) == n for row in last), "each problem needs n responses"
     accuracy = [count / n for count in right]
     found = {"standard_error": stdev(accuracy) / len(accuracy) ** 0.5 if len(accuracy) > 1 else None}
     found["right"] = "".join(map(str, right)) if n == 1 else right
     if n > 1:
         ks = sorted({2**i for i in range(n.bit_length())} | {n})
         found["pass_at_k"] = {str(k): _mean([1 - comb(n - count, k) / comb(n, k) for count in right]) for k in ks}
-        found["maj_at_k"] = {str(k): _mean([bool((s := majority(row[:k])) and s.correct) for row in last]) for k in ks}
+        found["maj_at_k"] = {}
+        for k in ks:
+            votes = [majority(row[:k]) for row in last]
+            found["maj_at_k"][str(k)] = _mean([bool(vote and vote.correct) for vote in votes])
     return found
 
 

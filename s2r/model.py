@@ -41,7 +41,9 @@ class Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         out = linear(x, self.weight.to(x.dtype), bias, self.packed)
-        return out + self.lora(x) if self.lora is not None and self.lora.on else out
+        if self.lora is not None and self.lora.on:
+            out = out + self.lora(x)
+        return out
 
 
 class LoRA(nn.Module):
@@ -265,7 +267,7 @@ class Transformer(nn.Module):
         if spread:
             spread(model)
         model.to_empty(device=device)
-        model.speed = model.config.inverse_frequencies().to(device)
+        model.speed = model.config.inverse_frequencies().to(device)  # to_empty has left it without values
         weights.load(model, folder)
         return model
 

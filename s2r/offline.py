@@ -47,7 +47,7 @@ def sampled_accuracy(rewards: Sequence[tuple[str, float]]) -> dict[str, float]:
 def out_of_range(accuracy: float, low: float, high: float) -> str | None:
     """Why a problem of this sampled accuracy is left out, None if it is kept.
 
-    A problem that is always solved, or never, teaches nothing at the outcome level: all advantages are zero.
+    A problem that is always solved, or never, teaches nothing at the outcome level, where b̂ is its own mean reward.
     """
     return "problem too hard" if accuracy < low else "problem too easy" if accuracy > high else None
 
@@ -56,7 +56,7 @@ def unfit(actions: Sequence[Action]) -> str | None:
     """Why a judged trajectory is left out of offline RL, None if it is kept (App. F)."""
     if any(action.kind != ("solve", "verify")[i % 2] for i, action in enumerate(actions)):
         return "solve and verify do not alternate"
-    for solve, verify in zip(actions[::2], actions[1:-1:2]):  # each verify that is not the last action, and its solve
+    for solve, verify, _ in zip(actions[::2], actions[1::2], actions[2::2]):  # a solve, its check, and what follows
         if solve.correct and verify.verdict == "correct":
             return "continues after a right answer was found right"
     if len(actions) > MAX_ACTIONS:
@@ -107,7 +107,8 @@ def offline_baseline(rewards: Sequence[Sequence[float]], accuracy: Sequence[floa
 def offline_credit(trajectories: Sequence, level: str, accuracy: Sequence[float], by: str) -> list[Credit]:
     """Credit within a whole recorded set; `accuracy` and `by` as `offline_baseline` takes them."""
     lengths, reward = span_rewards(trajectories, level)
-    return [Credit(*credit) for credit in zip(lengths, reward, offline_baseline(reward, accuracy, by))]
+    baseline = offline_baseline(reward, accuracy, by)
+    return [Credit(n, r, b) for n, r, b in zip(lengths, reward, baseline)]
 
 
 @torch.no_grad()

@@ -73,14 +73,14 @@ def _lay_out(rows: list[int], sequences, scored, shared: list[list[int]], device
     ids, borders, prefix, positions, before = [], [0], [], [], []
     for common, members in groupby(rows, key=shared.__getitem__):
         members = list(members)
-        n = len(common) if len(members) > 1 else 0
-        first, root = range(len(ids), len(ids) + n), len(prefix)
+        n = len(common) if len(members) > 1 else 0  # tokens of the prompt's one copy; 0: there is none
+        root, prompt_at = len(prefix), range(len(ids), len(ids) + n)
         if n:
             ids += common
             borders.append(len(ids))
             prefix.append(root)
         for row in members:
-            at = [*first, *range(len(ids), len(ids) + len(sequences[row]) - n)]  # of each of the sequence's tokens
+            at = [*prompt_at, *range(len(ids), len(ids) + len(sequences[row]) - n)]  # where each of its tokens stands
             positions += [at[t] for t in scored[row]]
             before += [at[t - 1] for t in scored[row]]
             ids += sequences[row][n:]

@@ -43,13 +43,7 @@ def process_rewards(actions: Sequence[Action], finished: bool) -> list[float]:
     A verify checks the last solve before it. An unreadable verdict, or a verify without a solve before it, earns −1.
     Departs from the paper, like the release: the action that the length limit cut off (`finished` False) earns −1.
     """
-    rewards = []
-    for action in actions:
-        if action.kind == "solve":
-            right = action.correct
-        else:
-            right = action.truth is not None and action.verdict == action.truth
-        rewards.append(1.0 if right else -1.0)
+    rewards = [1.0 if action.right else -1.0 for action in actions]
     if rewards and not finished:
         rewards[-1] = -1.0
     return rewards
@@ -99,7 +93,10 @@ class Credit:
 
 
 def span_rewards(trajectories: Sequence, level: str) -> tuple[list[list[int]], list[list[float]]]:
-    """Lengths in tokens and rewards of the spans of each trajectory: itself (outcome), or its actions (process)."""
+    """Lengths in tokens and rewards of the spans of each trajectory: itself (outcome), or its actions (process).
+
+    A trajectory has `ids`, judged `actions` and `finished`: `Trajectory` of s2r/rollouts.py.
+    """
     if level == "outcome":
         return [[len(t.ids)] for t in trajectories], [[outcome_reward(t.actions)] for t in trajectories]
     lengths = [[action.end - action.start for action in t.actions] for t in trajectories]
@@ -113,7 +110,7 @@ def online_credit(trajectories: Sequence, level: str, rollouts: int) -> list[Cre
         baseline = leave_one_out(torch.tensor(reward).view(-1, rollouts)).view(-1, 1).tolist()
     else:
         baseline = context_baseline(reward)
-    return [Credit(*credit) for credit in zip(lengths, reward, baseline)]
+    return [Credit(n, r, b) for n, r, b in zip(lengths, reward, baseline)]
 
 
 def spans(credits: Sequence[Credit], B: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:

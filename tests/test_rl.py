@@ -455,8 +455,8 @@ def test_a_step_of_two_updates_is_measured_against_the_policy_that_sampled(level
     train_rl.main(train_rl.Config(model=str(folder), data=problems, out=str(tmp_path / "out"), level=level, problems=5,
                                   rollouts=3, updates=2, steps=1, lr=1e-2, warmup=0, max_new_tokens=20, show_every=0))
     assert apart == [[False, False], [True, True]]
-    assert [len(names) for names in packs] == [9, 6] and all(names == sorted(names, key=names.index) for names in packs)
-    assert [len(set(names)) for names in packs] == [3, 2]
+    assert [len(names) for names in packs] == [6, 9] and all(names == sorted(names, key=names.index) for names in packs)
+    assert [len(set(names)) for names in packs] == [2, 3]
 
 
 # --- the README's example ---

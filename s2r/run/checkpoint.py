@@ -49,11 +49,10 @@ class Run:
         ValueError when the run to resume had other settings or other data.
         """
         self.cfg, self.ranks, self.steps, self.folder = cfg, ranks, steps, Path(cfg.out)
-        self.first = ranks.rank == 0
         self.saved = 0  # step of the newest checkpoint
         self.pace = None  # (time, step) at the first log row of this process
         self.writer = None  # of --tensorboard
-        if not self.first:
+        if not ranks.first:
             return
         file = self.folder / "run.json"
         if file.exists() and not cfg.resume:
@@ -98,13 +97,14 @@ class Run:
 
     def evaluated(self, step: int) -> bool:
         """Whether eval.jsonl has a row of this step. All ranks call this together, and hear the same."""
-        file = self.folder / "eval.jsonl"
-        rows = file.read_text().splitlines() if self.first and file.exists() else []
-        return self.ranks.sum([sum(json.loads(row)["step"] == step for row in rows)])[0] > 0
+        file, found = self.folder / "eval.jsonl", False
+        if self.ranks.first and file.exists():
+            found = any(json.loads(row)["step"] == step for row in file.read_text().splitlines())
+        return self.ranks.sum([found])[0] > 0
 
     def add(self, name: str, row: dict, title: str) -> None:
         """Add a row to a log and print it behind `title`. Raises OSError when it cannot be written."""
-        if not self.first:
+        if not self.ranks.first:
             return
         file, step, words = self.folder / name, row["step"], [title]
         try:
@@ -126,7 +126,7 @@ class Run:
         if asked or step % self.cfg.save_every == 0 or step == self.steps:
             self.save(model, optimizer, step)
         if asked:
-            if self.first:
+            if self.ranks.first:
                 print(f"stopped by a signal; {step} steps are done, --resume continues from there", flush=True)
             sys.exit(1)  # not 0: the next command of a script would take the run for complete
 
@@ -136,7 +136,7 @@ class Run:
             return
         options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
         weights, moments = dcp.get_state_dict(model, optimizer, options=options)  # gathered: all ranks take part
-        if self.first:
+        if self.ranks.first:
             self._write_checkpoint(model, {"step": step, "model": weights, "optimizer": moments})
         self.saved = step
 
@@ -178,7 +178,7 @@ class Run:
 
         Each checkpoint that cannot be read is named in a warning. Raises ValueError when none can be read.
         """
-        state = self._newest() if self.first and self.cfg.resume else {"step": 0}
+        state = self._newest() if self.ranks.first and self.cfg.resume else {"step": 0}
         self.saved = step = int(self.ranks.sum([state["step"]])[0])  # that of the first rank, the others add 0
         if step:
             alone = self.ranks.size == 1
@@ -193,10 +193,11 @@ class Run:
                 model.to(self.ranks.device)
                 for moments in optimizer.state.values():
                     to_host(moments, {})
-        if self.first:
+        if self.ranks.first:
             for log in filter(Path.exists, (self.folder / "log.jsonl", self.folder / "eval.jsonl")):
                 rows = [row for row in log.read_bytes().splitlines(keepends=True) if row.endswith(b"\n")]  # none torn
-                os.truncate(log, sum(len(row) for row in rows if step and json.loads(row)["step"] <= step))
+                kept = [row for row in rows if step and json.loads(row)["step"] <= step]  # without a checkpoint none
+                os.truncate(log, sum(map(len, kept)))
             if step >= self.steps:
                 print(f"{self.folder}: {step} steps are done, the settings ask for {self.steps}; nothing to do")
         return step

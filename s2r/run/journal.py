@@ -29,8 +29,8 @@ class Journal:
         if not cfg.out:
             return
         check_output(self.path)
-        self.known = ranks.gather([] if ranks.rank else self._read(cfg, problems, dtype))
-        if not self.known and ranks.rank:
+        self.known = ranks.gather(self._read(cfg, problems, dtype) if ranks.first else [])
+        if not self.known and not ranks.first:
             self.path.unlink(missing_ok=True)  # of an older run
 
     def _read(self, cfg, problems: Sequence[Problem], dtype) -> list[Rollout]:

@@ -70,8 +70,8 @@ def load(
         if not whole:
             ranks.shard(model)
 
-    weights = torch.float32 if train and not lora else None
-    model = Transformer.from_pretrained(cfg.model, dtype, ranks.device, weights, spread)
+    param_dtype = torch.float32 if train and not lora else None
+    model = Transformer.from_pretrained(cfg.model, dtype, ranks.device, param_dtype, spread)
     if lora:
         model.init_lora(cfg.seed)
     if tokenizer.vocab_size > model.config.vocab_size:
@@ -126,8 +126,8 @@ class Sampler:
         self.prompts = encode_prompts(self.held_out, tokenizer, model.config.max_positions)
         self.copy: Transformer | None = None
 
-    def __call__(self, problems: Sequence[Problem], **settings) -> list[Trajectory]:
-        """As `roll_out`; every rank gets all trajectories, problem by problem."""
+    def __call__(self, problems: Sequence[Problem], *, n: int, temperature: float, step: int = 0) -> list[Trajectory]:
+        """n responses to each problem, judged; every rank gets all, problem by problem. `step` chooses the random numbers."""
         if self.copy is None:
             alone = self.ranks.size == 1 and self.model.embed.dtype == self.model.dtype
             self.copy = self.model if alone else Transformer(self.model.config, self.model.dtype, self.ranks.device)
@@ -136,9 +136,9 @@ class Sampler:
         if self.copy is not self.model:
             self.copy.copy_from(self.model)
         return roll_out_together(
-            self.ranks, self.copy, self.tokenizer, problems, seed=self.cfg.seed, slots=self.cfg.slots,
-            max_new_tokens=self.cfg.max_new_tokens, prefill_tokens=self.cfg.tokens_per_microbatch,
-            stop=lambda: self.stop.asked, **settings,
+            self.ranks, self.copy, self.tokenizer, problems, n=n, temperature=temperature, seed=self.cfg.seed, step=step,
+            slots=self.cfg.slots, max_new_tokens=self.cfg.max_new_tokens, prefill_tokens=self.cfg.tokens_per_microbatch,
+            stop=lambda: self.stop.asked, progress=self.ranks.first,
         )  # fmt: skip
 
     def evaluate(self, run: Run, step: int) -> None:

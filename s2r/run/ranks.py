@@ -36,7 +36,7 @@ class Ranks:
         self.spread = local if local > 1 else self.size
         if self.size % self.spread:
             raise ValueError(f"{self.size} processes, {local} of them here: start as many on each machine")
-        self.device = device
+        self.device, self.first = device, self.rank == 0  # first: writes and prints for all
         if self.size > 1 and not dist.is_initialized():
             # Ranks wait for the one with the longest rollouts, and for the first while it saves. That one of them is
             # dead is for torchrun to notice, which ends the others, and not for this.

@@ -203,7 +203,7 @@ def main(cfg: Config) -> None:
         raise ValueError("torchrun is for --model; start the command without it")
     check_output(cfg.out)
     ranks, dtype = pick(cfg) if cfg.model else (Ranks(torch.device("cpu")), torch.float32)
-    todo = ranks.gather([] if ranks.rank else [unverified(cfg)])[0]  # by the first rank, for all: nobody writes yet
+    todo = ranks.gather([unverified(cfg)] if ranks.first else [])[0]  # by the first rank, for all: nobody writes yet
     if not todo:
         return
     if cfg.by == "formula":
@@ -215,14 +215,14 @@ def main(cfg: Config) -> None:
         why = "without a reply; run the same command to ask again"
     written = 0
     # No bar before an error about flags.
-    for row, text in tqdm(verified, total=len(todo) // ranks.size, unit=" answers", delay=1, disable=ranks.rank > 0):
+    for row, text in tqdm(verified, total=len(todo) // ranks.size, unit=" answers", delay=1, disable=not ranks.first):
         line = json.dumps(row | {"verification": as_self_check(text)}, ensure_ascii=False) + "\n"
         with open(cfg.out, "ab", buffering=0) as file:  # one write for a line, so that ranks do not mix theirs
             if file.write(line.encode()) < len(line.encode()):
                 raise OSError(f"{cfg.out}: a line was written in part; is the disk full?")
         written += 1
     written = int(ranks.sum([written])[0])
-    if ranks.rank:
+    if not ranks.first:
         return
     print(f"{written:7,}  verifications written")
     if written < len(todo):
