@@ -246,10 +246,12 @@ def test_sample_keeps_what_it_sampled_until_all_is_written(world, tmp_path, monk
 
 
 def test_sample_asks_one_problem(world, tmp_path, capsys):
-    sample.main(sample.Config(model=world.sft, ask="3+4?", n=2, temperature=1.0, max_new_tokens=20,
-                              out=str(tmp_path / "asked.jsonl")))
+    asked = {"model": world.sft, "ask": "3+4?", "n": 2, "temperature": 1.0, "max_new_tokens": 20}
+    sample.main(sample.Config(**asked))
     printed = capsys.readouterr().out
     assert printed.count("── problem asked: 3+4?") == 2 and "reward" not in printed  # no --answer, nothing graded
+    sample.main(sample.Config(**asked, answer="7", out=str(tmp_path / "asked.jsonl")))
+    assert "reward" in capsys.readouterr().out
     assert len(read_jsonl(tmp_path / "asked.jsonl")) == 2
 
 
@@ -493,9 +495,10 @@ def test_negative_settings_are_named(name, setting, refused):
     assert error.startswith(f"error: --{setting} -1") and error.endswith(": give a finite number, 0 or more\n")
 
 
-def test_a_problem_asked_has_no_report_and_without_an_answer_no_judged_page(refused, tmp_path):
+def test_a_problem_asked_has_no_report_and_without_an_answer_no_judged_file(refused, tmp_path):
     assert "--report is of a data set" in refused("sample", data="", ask="1+1?", answer="2", report=tmp_path / "r.json")
-    assert "needs --answer" in refused("sample", data="", ask="1+1?", html=tmp_path / "p.html")
+    for judged in ({"html": tmp_path / "p.html"}, {"out": tmp_path / "r.jsonl"}):
+        assert "need --answer" in refused("sample", data="", ask="1+1?", **judged)
 
 
 def test_sample_writes_over_no_problem_file_and_takes_no_answer_for_one(refused, world, tmp_path):
