@@ -10,12 +10,12 @@ from kernels.decode import decode_attention_triton
 
 pytest.importorskip("triton")
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DTYPES = [torch.float32, torch.bfloat16]
 GROUPS = [(2, 2), (4, 2), (3, 1), (14, 2)]  # (H, G): H/G = 1, 2, 3, 7
 # RMS error against float64 as a multiple of that of PyTorch's attention in the same dtype. Both round p and the output
 # once; the order of the sums differs, and in fp32 that is all the error there is.
-NO_WORSE = {torch.float32: 2.0, torch.bfloat16: 1.05, torch.float16: 1.05}
-FLOOR = {torch.float32: 1e-7, torch.bfloat16: 1e-4, torch.float16: 1e-5}  # where PyTorch happens to be exact
+NO_WORSE = {torch.float32: 2.0, torch.bfloat16: 1.05}
+FLOOR = {torch.float32: 1e-7, torch.bfloat16: 1e-4}  # where PyTorch happens to be exact
 
 
 def make(lengths, H, G, E, dtype, seed=0):
@@ -73,7 +73,7 @@ def test_triton_attention_serves_every_head_width(E, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("E", [32, 80, 128])
+@pytest.mark.parametrize("E", [80, 128])
 @pytest.mark.parametrize("lengths, prefix", [*SHARED, ([1, 257, 3], [0, 0, 0]), ([128, 64, 1], [0, 0, 0])], ids=str)
 def test_triton_attention_with_shared_prefixes_equals_masked_softmax(lengths, prefix, E, dtype):
     check(lengths, 4, 2, E, dtype, prefix)

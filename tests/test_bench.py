@@ -57,7 +57,7 @@ def kernels(capability: int) -> Iterator[tuple[str, object, dict[str, int], int,
     yield "rotate", elementwise._rotate_kernel, {"HEADS": 28, "HALF": 64, "BLOCK_H": 32, "BLOCK_E": 64}, 4, 3
     for name, backward in (("forward", False), ("backward", True)):
         yield f"SwiGLU {name}", elementwise._swiglu_kernel, {"WIDTH": 18_944, "BACKWARD": backward, "BLOCK": 1024}, 4, 3
-    for E in (64, 80, 128, 256):
+    for E in (64, 128):
         BLOCK_E, tiles = attention._tiles(E, torch.bfloat16)
         heads = {"H": 28, "GROUP": 7, "E": E, "BLOCK_E": BLOCK_E}
         for name, kernel in (

@@ -113,15 +113,9 @@ def test_build_of_wrong_samples_of_which_none_is_usable_gives_nothing(wrong, che
     assert steps is None and counts["problem: has wrong samples, none with an answer and a true check"] == 1
 
 
-def test_build_keeps_checks_that_box_an_answer():
-    """The paper filters by verdict alone, and nobody reads an answer from a check."""
-    steps, _ = build("34", checks=[("34", rf"136/4=\boxed{{34}}. {RIGHT}")])
-    assert kinds(steps) == [True, "correct"]
-
-
 @pytest.mark.parametrize("verification, why", [
     (f"4*34=136. {RIGHT}", None),
-    (rf"136/4=\boxed{{34}}. {RIGHT}", None),
+    (rf"136/4=\boxed{{34}}. {RIGHT}", None),  # a check that boxes an answer: nobody reads it
     (f"4*34=136. {RIGHT} Or is it?", "its verdict does not match the truth, or there is none"),
     (f"{'4 times ' * 99}34. {RIGHT}", None),  # longer than its solution
 ])  # fmt: skip

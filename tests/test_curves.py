@@ -1,13 +1,12 @@
 """Curves of run folders: what is drawn, that it is reproducible, and what is refused."""
 
 import re
-import subprocess
 import sys
 
 import pytest
 
 from s2r.data import write_jsonl
-from s2r.run.flags import ROOT, start
+from s2r.run.flags import start
 from s2r.view.curves import Config, main
 
 POINT = r"<use [^>]*fill: #1f77b4"  # in the colour of the first run
@@ -68,14 +67,6 @@ def test_curves_refuse_what_they_cannot_draw(runs, tmp_path):
     with pytest.raises(ValueError, match="ends in .svg"):
         main(Config(runs, str(tmp_path / "curves.png")))
     assert not (tmp_path / "curves.svg").exists()
-
-
-def test_curves_command_says_in_one_line_that_a_log_is_missing(tmp_path):
-    pytest.importorskip("matplotlib")
-    command = [sys.executable, "-m", "s2r.view.curves", str(tmp_path), "--out", str(tmp_path / "curves.svg")]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == 2 and ended.stderr.startswith(f"error: {tmp_path}: no log.jsonl")
-    assert ended.stderr.count("\n") == 1
 
 
 def test_curves_without_matplotlib_say_what_to_install(runs, tmp_path, monkeypatch, capsys):

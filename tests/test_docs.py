@@ -253,12 +253,14 @@ def test_commands_of_paper_runs_run_on_a_tiny_model(world, monkeypatch, capsys, 
         values = {"KL": "0.1", "LENGTH": "8000", "BETA": "0.05", "https://…/v1": server.base}
         for words in commands((ROOT / "docs" / "paper_runs.md").read_text()):
             name, argv = target([values.get(word, word) for word in words])
+            if "--report" in argv and not {"math500.jsonl", "aime24.jsonl"} & set(argv):
+                continue  # two of the seven benchmarks
             argv += SMALL.get(name, "").split() + ["--limit", "2"] * ("--report" in argv)
             script = module(name)
             script.main(from_command_line(script.Config, argv))
     assert capsys.readouterr().out.splitlines()[-1].startswith("RL-process-math500")
     reports = {path.name for path in world.glob("*-*.json")}
-    assert len(reports) == 6 * 7 and "OFFLINE-process-gaokao2023en.json" in reports
+    assert len(reports) == 6 * 2 and "OFFLINE-process-aime24.json" in reports
 
     page = (ROOT / "docs" / "logging.md").read_text()
     first_cells = re.findall(r"^\| (`.*?) \|", page, re.MULTILINE)

@@ -9,7 +9,7 @@ import s2r  # noqa: F401
 from s2r.data import read_jsonl, write_jsonl
 from s2r.grammar import VERIFY_OPENING
 from s2r.toy import findings
-from s2r.toy.__main__ import PLAN, stages
+from s2r.toy.__main__ import PLAN
 
 BASE = {"accuracy": 0.5, "first_accuracy": 0.5, "trials": 1.5, "va": 0.8, "va_right": 0.9, "er": 0.7, "cp": 0.9,
         "icr": 0.1, "cir": 0.02, "tokens": 30.0, "right": "0011", "commit": "0123456789abcdef",
@@ -73,7 +73,7 @@ def test_page_leaves_out_what_a_seed_has_not_made():
 
 def row(problem: str, actions: str, answer: str = "plus", ids=()) -> dict:
     """A row of a rollout file; actions as in s2r/metrics.py: right and wrong solves, checks that say c or i."""
-    solves, found, right = 0, [], False
+    found, right = [], False
     for letter in actions:
         if letter in "+-":
             right, kind = letter == "+", {"kind": "solve", "answer": answer}
@@ -105,13 +105,6 @@ def test_voted_takes_as_many_answers_as_the_tokens_allow():
     assert found["base-majority"] == {"accuracy": 0.5, "right": "10", "tokens": 6, "k": 3}
     assert found["base-checked"]["right"] == "11"
     assert findings.voted(rows, tokens=5)["base-majority"]["right"] == "00"  # a tie: the earlier answer
-
-
-def test_ablations_make_what_later_stages_need():
-    known = {stage.makes for stage in stages(PLAN, "f", 0)}
-    for stage in stages(findings.ABLATIONS, "f", 0):
-        assert set(stage.needs) <= known and stage.makes not in known
-        known.add(stage.makes)
 
 
 def test_main_writes_reports_and_page_and_runs_no_seed_twice(tmp_path, monkeypatch, capsys):

@@ -22,6 +22,18 @@ COLUMNS = {"final": "accuracy", "first": "first_accuracy", "trials": "trials", "
 TWO_STEPS = """--problems 2 --rollouts 2 --updates 1 --steps 2 --lr 1e-3 --max-new-tokens 32 --tokens-per-microbatch 512
     --device cpu""".split()
 
+TRY = """
+import json, sys
+import pytest
+tests, trainings = map(json.loads, sys.argv[1:])
+for words in tests:
+    assert pytest.main(["-q", *words]) == 0
+import train_rl
+from s2r.run.flags import from_command_line
+for argv in trainings:
+    train_rl.main(from_command_line(train_rl.Config, argv))
+"""  # in one process: most of its time is that of importing torch
+
 
 def run(*words: str | Path, cwd: Path) -> str:
     done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -53,14 +65,11 @@ def try_fork(page: Path, folder: Path, base: Path) -> None:
     tests = re.findall(r"^python -m pytest (.*)", text, re.MULTILINE)
     runs = re.findall(r"^sh docs/forks/run.sh (\S+)(.*)", text, re.MULTILINE)
     assert tests and runs, "the page names no test, or no run"
-    for words in tests:
-        run(sys.executable, "-m", "pytest", "-q", *words.split(), cwd=tree)
-    problems = problem_file(folder / "problems.jsonl")
-    for name, flags in runs:
-        run(
-            sys.executable, "train_rl.py", "--model", base, "--data", problems, "--out", folder / name, *TWO_STEPS,
-            *flags.split("#")[0].split(), cwd=tree,
-        )  # fmt: skip
+    common = ["--model", str(base), "--data", str(problem_file(folder / "problems.jsonl")), *TWO_STEPS]
+    trainings = [[*common, "--out", str(folder / name), *flags.split("#")[0].split()] for name, flags in runs]
+    tests = [words.split() for words in tests]
+    run(sys.executable, "-c", TRY, json.dumps(tests), json.dumps(trainings), cwd=tree)
+    for name, _ in runs:
         assert len((folder / name / "log.jsonl").read_text().splitlines()) == 2
 
 

@@ -2,12 +2,10 @@
 
 import ast
 import json
-import multiprocessing
 import random
 import re
 import subprocess
 import sys
-import threading
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -499,11 +497,6 @@ def test_equivalent_table(answer, gold, verdict):
     assert equivalent(answer, gold) is verdict
 
 
-def test_table_size():
-    assert len(set(ROWS)) == len(ROWS) >= 200
-    assert 0.4 < sum(verdict for *_, verdict in ROWS) / len(ROWS) < 0.6
-
-
 def test_formulas_without_common_points_are_not_equal():
     """Also as equations, whose ratio then has no value."""
     nan, one = latex.MP.nan, Fraction(1)
@@ -561,21 +554,6 @@ def test_hostile_text_is_wrong_and_fast():
     assert seconds < SECONDS
 
 
-def test_hostile_text_in_threads():
-    seconds = []
-    threads = [threading.Thread(target=lambda: seconds.append(slowest(HOSTILE[::4]))) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(seconds) == 2 and max(seconds) < SECONDS
-
-
-def test_hostile_text_in_worker_process():
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert pool.apply_async(slowest, [HOSTILE[::8]]).get(timeout=60) < SECONDS
-
-
 def test_hostile_text_deep_in_the_stack():
     def descend(frames):
         return equivalent("(" * 25 + "x" + ")" * 25, "2x") if frames == 0 else descend(frames - 1)
@@ -592,7 +570,7 @@ def test_modules_do_not_evaluate_text():
     """No name in the modules can run or import what a model wrote, and importing them loads neither sympy nor torch."""
     source = "".join(Path(module.__file__).read_text() for module in (grade, latex, spelling))
     names = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
-    assert not names & {"eval", "exec", "compile", "__import__", "sympify", "parse_expr", "parse_latex", "getattr"}
+    assert not names & {"eval", "exec", "compile", "__import__", "sympify", "parse_expr", "parse_latex", "getattr", "signal"}
     code = "import sys, s2r.grade; print(any(name in sys.modules for name in ('sympy', 'torch')))"
     root = Path(__file__).parents[1]
     output = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
@@ -681,6 +659,12 @@ def rows(name: str) -> list[dict]:
     return [json.loads(line) for line in path.open()]
 
 
+def some(name: str) -> list[dict]:
+    """All rows of a file, or of a large one every tenth, and those with an empty answer."""
+    found = rows(name)
+    return [row for i, row in enumerate(found) if len(found) < 1000 or i % 10 == 0 or not row["answer"]]
+
+
 FILES = ["math500.jsonl", "math_train.jsonl", "gsm8k_test.jsonl", "gsm8k_train.jsonl", "aime24.jsonl", "amc23.jsonl",
          "gaokao2023en.jsonl"]
 EMPTY = {"train/number_theory/7115.json", "train/number_theory/7117.json", "gaokao2023en/167", "gaokao2023en/192"}
@@ -688,7 +672,7 @@ EMPTY = {"train/number_theory/7115.json", "train/number_theory/7117.json", "gaok
 
 @pytest.mark.parametrize("name", FILES)
 def test_gold_is_parsable_and_equals_itself(name):
-    for row in rows(name):
+    for row in some(name):
         gold = row["answer"]
         assert parsable(gold) is (row["unique_id"] not in EMPTY), row
         if gold:
@@ -697,7 +681,7 @@ def test_gold_is_parsable_and_equals_itself(name):
 
 def test_gold_is_read_as_mathematics():
     """Of MATH's golds nearly all are understood, not merely compared as text."""
-    golds = sorted({row["answer"] for row in rows("math_train.jsonl") + rows("math500.jsonl")} - {""})
+    golds = sorted({row["answer"] for row in some("math_train.jsonl") + some("math500.jsonl")} - {""})
     unread = [gold for gold in golds if not grade._readings(grade.spell(gold), True)]
     print(f"unread: {len(unread)} of {len(golds)}: {unread}")
     assert len(unread) <= 0.002 * len(golds)
@@ -705,7 +689,7 @@ def test_gold_is_read_as_mathematics():
 
 @pytest.mark.parametrize("name", ["math_train.jsonl", "math500.jsonl"])
 def test_extract_answer_finds_the_gold(name):
-    problems = [row for row in rows(name) if row["answer"]]
+    problems = [row for row in some(name) if row["answer"]]
     right = sum(equivalent(extract_answer(row["solution"]), row["answer"]) for row in problems)
     print(f"{name}: extracted answer equals gold in {right} of {len(problems)}")
     assert right >= 0.999 * len(problems)

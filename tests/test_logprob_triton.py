@@ -18,12 +18,12 @@ pytest.importorskip("triton")
 
 LENGTHS = [1, 17, 64, 127, 128, 129, 257]
 # Absolute error of logp, entropy and kl in nats; relative RMS error of a gradient. Products of 16-bit numbers are exact
-# in fp32, so the values have fp32's error in every dtype. dz is rounded to the dtype, which costs up to 2⁻⁹ in bf16 and
-# 2⁻¹² in fp16, and so are the gradients themselves and, with several slabs, each slab's share of dh.
-TOLERANCE = {torch.float32: (1e-5, 2e-6), torch.bfloat16: (1e-5, 4e-3), torch.float16: (1e-5, 5e-4)}
+# in fp32, so the values have fp32's error in every dtype. dz is rounded to the dtype, which costs up to 2⁻⁹ in bf16, and
+# so are the gradients themselves and, with several slabs, each slab's part of dh.
+TOLERANCE = {torch.float32: (1e-5, 2e-6), torch.bfloat16: (1e-5, 4e-3)}
 # RMS error against float64 as a multiple of that of PyTorch in the same dtype. In fp32 the order of the sums is all the
 # error there is, and either may be luckier. In 16 bits PyTorch rounds the logits too: ours is as a rule far smaller.
-NO_WORSE = {torch.float32: 2.0, torch.bfloat16: 1.05, torch.float16: 1.05}
+NO_WORSE = {torch.float32: 2.0, torch.bfloat16: 1.05}
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 

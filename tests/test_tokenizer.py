@@ -27,6 +27,7 @@ PIECES = [" ", "  ", "\n", "\n\n", "\t", "\r\n", "\u00a0", "e\u0301", "é", "数
           "<|eot_id|>", "</s>", "<|begin_of_text|>", "<|endoftext|>", "<|end_of_text|>", "<tool_call>", "<|", "|>"]
 
 
+@functools.cache
 def download(name: str) -> str:
     """Puts the package's tokenizer folder at CACHE/name; says why not, or ""."""
     if shutil.which("npm") is None:

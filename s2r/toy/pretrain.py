@@ -26,7 +26,7 @@ from s2r.hf.config import ModelConfig
 from s2r.model import Transformer
 from s2r.packing import pack, predictors
 from s2r.run.flags import check, start
-from s2r.toy.world import FIRST, OTHERS, SIGNS, add_up, compare, name, puzzle, rows, solve, total, verify
+from s2r.toy.world import add_up, compare, name, puzzle, rows, solve, total, verify
 
 BASE = Path(__file__).with_name("base")
 CHATS, SUMS = 0.40, 0.25  # fractions of the documents; the others are puzzles with several rows
