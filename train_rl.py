@@ -80,7 +80,7 @@ def main(cfg: Config) -> None:
     recorded, recorded_credits = load_recorded(cfg, ranks, tokenizer, model, reference) if cfg.offline else ([], [])
     if ranks.first:
         print(memory.report(cfg, model, ranks, sequences=sequences(recorded)[0], prompts=prompts, held_out=sampler.prompts))
-    run = Run(cfg, ranks, data=cfg.offline or cfg.data, steps=cfg.steps)
+    run = Run(cfg, ranks, dtype, data=cfg.offline or cfg.data, steps=cfg.steps)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=True)
     done = run.restore(model, optimizer)
     sampler.evaluate(run, done)

@@ -72,7 +72,7 @@ def main(cfg: Config) -> None:
     if ranks.first:
         print(f"{len(sequences)} of {len(examples)} examples within {longest} tokens, {steps} steps")
         print(memory.report(cfg, model, ranks, sequences=sequences, held_out=sampler.prompts))
-    run = Run(cfg, ranks, data=cfg.data, steps=steps)
+    run = Run(cfg, ranks, dtype, data=cfg.data, steps=steps)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=True)
     done = run.restore(model, optimizer)
     sampler.evaluate(run, done)

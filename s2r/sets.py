@@ -29,8 +29,8 @@ def plain(row: dict) -> dict:
     that would be read in part.
     """
     row = {key: value for key, value in row.items() if value or key not in ("choices", "options")}  # null: an open question
-    keys, read = next((keys, read) for keys, read in SETS if all(any(k in row for k in key.split("|")) for key in keys))
-    used = "|".join(keys).split("|") + ["context", "unit"] * (read is _question)
+    keys, read = next((keys, read) for keys, read in SETS if row.keys() >= set(keys))
+    used = [*keys, *(("context", "unit") if read is _question else ())]
     unread = [key for key in row if key in MEANING - set(used) and row[key] not in (None, "", [])]
     if unread:
         there = ", ".join(sorted(row.keys() - set(unread)))
@@ -62,7 +62,8 @@ def boxed(solution: str, answer: str) -> str:
     """A published solution as one solve: it ends in the answer in a box, also where the file has it after "####"."""
     if extract_answer(solution) is not None:
         return solution
-    return f"{solution.partition('####')[0].strip()}\nThe answer is \\boxed{{{answer}}}."
+    text = re.sub(r"<<[^<>]*>>", "", solution.partition("####")[0])  # without GSM8K's calculator annotations
+    return f"{text.strip()}\nThe answer is \\boxed{{{answer}}}."
 
 
 def _question(row: dict) -> dict:
@@ -96,7 +97,9 @@ def _choice(row: dict) -> dict:
     if not isinstance(options, list) or not 2 <= len(options) <= 26:
         raise ValueError("choices or options are not a list of 2 to 26 options; convert the row, or drop it")
     letters = [chr(ord("A") + i) for i in range(len(options))]
-    texts = [re.sub(rf"^\s*\(?{letter}[).]\s*", "", str(option)) for letter, option in zip(letters, options)]
+    labels = [re.match(rf"\s*\(?{letter}[).]\s*", str(option)) for letter, option in zip(letters, options)]
+    # Of one option alone the letter may be an initial, as in B. F. Skinner.
+    texts = [str(option)[label.end() if all(labels) else 0 :] for option, label in zip(options, labels)]
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(options):
         answer = letters[answer]
     if answer not in letters:
@@ -119,7 +122,9 @@ def _cruxeval(row: dict) -> dict:
 SETS = [  # the first whose keys a row has, all of them, reads it
     (("code", "input", "output"), _cruxeval),
     (("premises", "conclusion", "label"), _folio),
-    (("question", "choices|options", "answer|correct"), _choice),
+    (("question", "choices", "answer"), _choice),
+    (("question", "options", "answer"), _choice),
+    (("question", "options", "correct"), _choice),
     (("body", "question", "answer"), _asdiv),
     (("Body", "Question", "Answer"), _svamp),
     (("input", "target"), lambda row: {"problem": row["input"], "answer": row["target"]}),

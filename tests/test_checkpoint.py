@@ -30,7 +30,7 @@ def cfg(base, tmp_path) -> Config:
 
 def take_up(cfg: Config, data: str = "config.json") -> checkpoint.Run:
     """The run folder of these settings; `data`, what is learnt from, is a file of the model folder for want of any."""
-    return checkpoint.Run(cfg, ALONE, data=f"{cfg.model}/{data}", steps=cfg.steps)
+    return checkpoint.Run(cfg, ALONE, torch.float32, data=f"{cfg.model}/{data}", steps=cfg.steps)
 
 
 @pytest.fixture
@@ -102,6 +102,20 @@ def test_run_whose_checkpoints_were_taken_away_is_not_started_anew(cfg, saved, t
     assert digest(tmp_path) == before
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_run_does_not_write_over_checkpoints_without_settings(cfg, saved, tmp_path, resume):
+    (tmp_path / "run" / "run.json").unlink()
+    before = digest(tmp_path)
+    with pytest.raises(FileExistsError, match="would write over"):
+        take_up(replace(cfg, resume=resume))
+    assert digest(tmp_path) == before
+
+
+def test_run_resumes_in_the_dtype_that_it_began_with(cfg, saved):
+    with pytest.raises(ValueError, match="--dtype was 'float32', now 'bfloat16'"):
+        checkpoint.Run(replace(cfg, resume=True), ALONE, torch.bfloat16, data=f"{cfg.model}/config.json", steps=cfg.steps)
+
+
 def test_run_does_not_write_over_a_model(cfg, base):
     """--out that is --model, or any other model folder: its weights would be lost at the first checkpoint."""
     before = digest(base)
@@ -170,7 +184,7 @@ def test_save_that_fails_leaves_the_checkpoint_before(where, name, count, error,
     run, model, optimizer = saved
     before = digest(tmp_path)
     monkeypatch.setattr(where, name, refuse(count, error, getattr(where, name)))
-    with pytest.raises(OSError, match="could not save step 2 .*checkpoint before it is whole"):
+    with pytest.raises(OSError, match="could not save step 2 .*--resume takes the newest that is whole"):
         run.save(model, optimizer, 2)
     assert digest(tmp_path) == before and not (tmp_path / "run" / "saving.tmp").exists()
 

@@ -127,6 +127,8 @@ PUBLISHED = [  # a row of each set as published; the problem, the gold answer an
     ({"question": "Which?", "choices": ["21", "22"], "answer": 1, "subject": "algebra"}, OPTIONS, "B", None),  # MMLU-STEM
     ({"question": "Which?", "options": [21, 22], "answer": "B", "answer_index": 1}, OPTIONS, "B", None),  # MMLU-Pro
     ({"question": "Which?", "options": ["A)21", "B)22"], "rationale": "r", "correct": "A"}, OPTIONS, "A", None),  # AQuA
+    ({"question": "Who?", "choices": ["C. Hull", "B. F. Skinner"], "answer": 1},  # the B is no label
+     "Who?\n(A) C. Hull\n(B) B. F. Skinner\nAnswer with the letter of the right option.", "B", None),
     ({"question": "Is it?", "answer": True, "facts": []}, "Is it?\nAnswer Yes or No.", "Yes", None),  # StrategyQA
     ({"question": "Is it?", "answer": False}, "Is it?\nAnswer Yes or No.", "No", None),
     ({"premises": ["All a are b.", "c is a."], "conclusion": "c is b.", "label": "True"},
@@ -261,7 +263,7 @@ def test_load_trajectories_reads_one_and_more_trials(tmp_path):
 
 def test_load_trajectories_takes_the_solutions_of_a_problem_file(tmp_path):
     """SFT on solutions: boxed as MATH has them, after #### as GSM8K has them."""
-    path = write(tmp_path, {"problem": "p", "solution": r"It is \boxed{2}."}, {"question": "q", "answer": "1+1=2\n#### 2"})
+    path = write(tmp_path, {"problem": "p", "solution": r"It is \boxed{2}."}, {"question": "q", "answer": "1+1=<<1+1=2>>2\n#### 2"})
     math, gsm = load_trajectories(path)
     assert math.trajectory == [solve(True, r"It is \boxed{2}.")]
     assert gsm.trajectory == [solve(True, "1+1=2\nThe answer is \\boxed{2}.")]

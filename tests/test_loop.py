@@ -221,15 +221,6 @@ def test_pick_auto_is_fp32_on_a_cpu():
     assert pick("cpu", "bfloat16") == (torch.device("cpu"), torch.bfloat16)
 
 
-@pytest.mark.skipif(torch.backends.mps.is_available(), reason="this is a Mac with a GPU")
-def test_pick_takes_the_gpu_of_a_mac_only_where_it_is_and_is_asked_for(monkeypatch):
-    with pytest.raises(ValueError, match="--device mps: torch sees no Mac's GPU here"):
-        pick("mps", "auto")
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert pick("mps", "auto") == (torch.device("mps"), torch.float32)
-    assert pick("auto", "auto")[0].type != "mps"
-
-
 @pytest.mark.parametrize("device", ["nonsense", "cuda:x", pytest.param("cuda", marks=pytest.mark.skipif(
     torch.cuda.is_available(), reason="there is a GPU"))])
 def test_pick_names_a_device_that_is_not_here(device):

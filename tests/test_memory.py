@@ -128,8 +128,9 @@ def test_report_takes_settings_and_lengths_from_the_script(monkeypatch):
     monkeypatch.setattr(memory, "text", lambda parts: parts)
     model = SimpleNamespace(config=SMALL, dtype=torch.float32)
     common = {"checkpointing": False, "offload": False, "lora": 0, "tokens_per_microbatch": 150}
+    common |= {"slots": 6, "max_new_tokens": 40}
     sft = SimpleNamespace(batch_size=8, kl=0.1, **common)
-    rl = SimpleNamespace(problems=4, rollouts=4, updates=2, beta=0.0, offline="", slots=6, max_new_tokens=40, **common)
+    rl = SimpleNamespace(problems=4, rollouts=4, updates=2, beta=0.0, offline="", **common)
 
     def parts(cfg, ranks: int = 1, **data):
         return memory.report(cfg, model, SimpleNamespace(size=ranks, spread=ranks, device=torch.device("cpu")), **data)
@@ -149,7 +150,8 @@ def test_report_takes_settings_and_lengths_from_the_script(monkeypatch):
     assert parts(rl, prompts=[[0] * 20] * 50, held_out=[[0]] * 30) == wanted(tokens=60, slots=30, capacity=60)
     assert parts(rl, prompts=[[0] * 20] * 50, held_out=[[0]] * 3) == wanted(tokens=60, slots=16, capacity=60)
     rl.beta, rl.offline = 0.0, "rollouts.jsonl"
-    assert parts(rl, held_out=[[0] * 20] * 3) == wanted(tokens=60, slots=3, capacity=60)
+    rl.max_new_tokens = 400  # an evaluation makes no update longer
+    assert parts(rl, sequences=[[0] * 100], held_out=[[0] * 20] * 3) == wanted(tokens=100, slots=3, capacity=420)
     assert parts(rl, sequences=[[0] * 100]) == wanted(tokens=100, slots=0, capacity=100)
 
 

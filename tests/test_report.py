@@ -60,7 +60,8 @@ def test_reports_of_one_name_are_one_model_over_seeds(tmp_path, capsys):
             rows = samples(**dict(zip("pqrs", codes)))
             paths[-1].write_text(json.dumps(summarize(rows) | at_k(rows)))
     main(Config(tuple(map(str, paths))))
-    _, base, sft, difference = capsys.readouterr().out.splitlines()
+    seeds, _, base, sft, difference = capsys.readouterr().out.splitlines()
+    assert seeds.endswith("interval over 0, 1, 2")
     assert base.split()[:3] == ["base", "50.0", "±0.0"] and sft.split()[:3] == ["sft", "75.0", "±62.1"]
     each = "; ".join(f"{gained} problems gained, 0 lost, McNemar's p = {p}" for gained, p in ((0, 1), (1, 1), (2, 0.5)))
     assert difference == f"sft against base: accuracy +25.0 ± 62.1 over 3 seeds ({each})"

@@ -71,7 +71,7 @@ def user(text: str, system: str | None = None) -> list[dict]:
 
 
 def reference_chat(reference, messages: list[dict]) -> list[int]:
-    return reference.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    return reference.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=False, return_dict=False)
 
 
 def texts(count: int) -> list[str]:
@@ -169,7 +169,7 @@ def test_encode_leaves_stop_token_listed_as_plain_as_text(tmp_path):
 def test_chat_of_unusual_template_equals_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
     template = (
-        "{{ bos_token }}{{ strftime_now is defined }}\n"
+        "{{ bos_token }}{{ strftime_now is defined }}{{ enable_thinking }}\n"
         "{%- set ns = namespace(found=false) %}\n"
         "{%- for message in messages %}\n"
         "    {%- if message.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}\n"

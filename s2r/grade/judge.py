@@ -2,14 +2,14 @@ r"""V_golden, the judge of every solve: is the boxed answer the gold answer?
 
     "… so \boxed{\frac{2}{4}}."  --extract_answer-->  r"\frac{2}{4}"  --equivalent(·, "0.5")-->  True
 
-`equivalent` tries, cheapest first: equal text, choice letter, word, time of day, mathematics as `latex.py` reads it. Its
+`equivalent` tries, cheapest first: equal text, Python literal, choice letter, word, time of day, mathematics as `latex.py` reads it. Its
 time is bounded: a text has at most MAX_CHARS characters and four readings. What cannot be read is wrong, never an error.
 
-An answer has one meaning; what it leaves open, gold decides, never the other way round. Where graders differ:
+An answer has one meaning. Where it is ambiguous, gold decides; the answer never decides how gold is read. Where graders differ:
 - 10% is 0.1 for a gold in (0, 1], else 10; 90° is 90 for a rational gold, else π/2; and 0.1 and 10 are a gold of 10%.
 - Decimals are exact: 0.5 is 1/2, 0.33 is not 1/3. A value that no decimal can write (1/3, √2, π) equals a decimal
   of DECIMAL_DIGITS significant digits or more if that is the value, rounded to its last place: 0.333333 is 1/3.
-- Words behind a number are dropped (5 cm is 5), save those of _DECIDING; a letter is a variable: 3s is not 3.
+- Words after a number are dropped (5 cm is 5), save those of _DECIDING; a letter is a variable: 3s is not 3.
 - An answer may omit the base that gold has: 204 is 204_5, but 54 is not. 9:24 is a time if gold is one, else a ratio.
 - (C) 12 is C, and also 12. If another capital letter follows, it is neither.
 - (1,2) is ordered, {1,2} is not; a bare list 1,2 equals (1,2) in that order and {1,2} in any. [0,1) is not (0,1).
@@ -63,7 +63,7 @@ def equivalent(answer: str | None, gold: str) -> bool:
 
 
 def parsable(gold: str) -> bool:
-    """Whether `gold` can be a gold answer: not blank, at most MAX_CHARS long, braces balanced."""
+    """Whether `gold` can be a gold answer: something readable, at most MAX_CHARS long, braces balanced."""
     if not isinstance(gold, str) or len(gold) > MAX_CHARS or extract_answer(rf"\boxed{{{gold}}}") != gold.strip():
         return False
     return re.search(r"\w|\\[a-z{]", spell(gold)) is not None or _CODE.search(gold) is not None
@@ -73,7 +73,7 @@ _CHOICE = re.compile(  # (C), with or without the option's text, in which every 
     r"\s*(?:\\[a-z]+\s*\{)?(?:(?:[Oo]ption|[Cc]hoice)\s+)?(?:\\[a-z]+\s*\{)?\s*\(?([A-Z])(?:[.:)]{0,2}\s*\}?|"
     r"[.:)]{1,2}\s*\}?((?:\\?\s|~|\\[,;:]|\\q?quad\b)(?:(?![A-Z](?![a-z])).)*))\s*",
     re.DOTALL)
-_CODE = re.compile(r"""(?:^|[\[({,:]\s*)(['"]).*\1|^\s*\{[^{}]+:.*\}\s*$|^\s*[\[({][\s,\[\](){}]*$""", re.DOTALL)
+_CODE = re.compile(r"""(?:^|[\[({,:]\s*)(['"]).*\1|^\s*\{[^{}]+:.*\}\s*$|^\s*[\[({][\s,\[\](){}]*$|^\s*\[[^,;]*\]\s*$""", re.DOTALL)
 _DECIDING = re.compile(  # words that answer and gold must share
     r"\b((?i:at\s+(?:least|most)|(?:more|less|fewer|greater|smaller|larger)\s+than|or\s+(?:more|less|fewer|greater)|not|"
     r"none|never|minus|negative|squared|cubed|factorial|hal(?:f|ves)|tenths|below|odd|even|(?:north|south)(?:east|west)?|east|west)|"
@@ -83,24 +83,26 @@ _SIGNS = str.maketrans("±∓", "+-"), str.maketrans("±∓", "-+")
 _SPACE = re.compile(r"\s(?![\d.,])|(?<![\d.,])\s")  # all but that within numbers and lists of numbers
 _THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)")
 _TIME = re.compile(r'(\d{1,2}):([0-5]\d)(?::([0-5]\d))?(?:\s*"([ap])m")?|(\d{1,2})\s*"([ap])m"')
-_WORDS = re.compile(r"(?=(?:[^A-Za-z]*[A-Za-z]){3})[A-Za-z][A-Za-z\s.'-]*")
+_WORDS = re.compile(r"(?=(?:[^A-Za-z]*[A-Za-z]){3})[A-Za-z](?:[A-Za-z\s.']|(?<=[A-Za-z]{3})-(?=[A-Za-z]{3}))*")  # x-y is none
 
 
 @lru_cache(maxsize=1 << 16)
 def _equivalent(answer: str, gold: str) -> bool:
-    if _CODE.search(gold):  # strings, dicts and empty brackets of Python
+    if _CODE.search(gold):  # strings, dicts, empty brackets and lists of one element, of Python
         return _literal(answer) == _literal(gold)
     picked, choice = _CHOICE.fullmatch(answer), _CHOICE.fullmatch(gold)
     if picked and choice and picked[1] == choice[1] and not choice[2]:
         return True
-    answer, gold = (spell(match[2] if match and match[2] else text) for match, text in ((picked, answer), (choice, gold)))
+    answer = spell(picked[2] if picked and picked[2] else answer)
+    gold = spell(choice[2] if choice and choice[2] else gold)
     if not answer or not gold:
         return False
     a, g = (_SPACE.sub("", " ".join(re.sub('^"([^"]*)"$', r"\1", text).split())) for text in (answer, gold))
     if a == g:
         return True
-    deciding, opposed = ([[x.lower() for x in words.findall(y)] for y in (answer, gold)] for words in (_DECIDING, _OPPOSED))
-    if deciding[0] != deciding[1] or all(opposed) and opposed[0] != opposed[1]:
+    said, wanted = ([word.lower() for word in _DECIDING.findall(text)] for text in (answer, gold))
+    side, other = ([word.lower() for word in _OPPOSED.findall(text)] for text in (answer, gold))
+    if said != wanted or side and other and side != other:
         return False
     if _WORDS.fullmatch(a) and _WORDS.fullmatch(g):  # as products of letters, abc would be bca
         return re.sub(r"\W", "", a).lower() == re.sub(r"\W", "", g).lower()

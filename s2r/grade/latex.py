@@ -1,6 +1,6 @@
 r"""Reads LaTeX as mathematics: text in, values out. No `eval`, no computer algebra, no syntax tree.
 
-    r"\frac{2x}{4}"  --_TOKEN-->  \frac { 2 x } { 4 }  --_Parser-->  Number: x/2 at 8 fixed points x
+    r"\frac{2x}{4}"  --_TOKEN-->  \frac { 2 x } { 4 }  --_Parser-->  Number: x/2 at 12 fixed points x
 
 The parser computes as it reads. A formula *is* the tuple of its values at fixed points of its variables; tuples, sets,
 intervals, matrices and equations are groups of formulas. `spelling.py` prepares the text, `judge.py` compares values.
@@ -42,7 +42,7 @@ class Number:
     values: tuple
     name: str = ""  # of x, AB or f(x): what may stand left of "=" in an answer
     sign: str = ""  # "%" or "°" if the whole formula is a number of percent or degrees
-    strict: bool = False  # holds |…| or a root: where the other formula is not real, this one must not be real either
+    strict: bool = False  # has |…| or a root: where this one is real, the other formula must be too, and the reverse
     kind = "number"
 
 
@@ -106,7 +106,7 @@ def _bounded(function: Callable, *xs):
         y = function(*xs)
         if not isinstance(y, Fraction):
             if function in _CANCELLING and abs(y) <= TOLERANCE * max(map(abs, xs)):
-                y = MP.zero  # rounding had left a trace of what cancels, as in sin π
+                y = MP.zero  # it cancels, and only a rounding error is left, as in sin π
             if abs(y.imag) <= abs(y.real) * TOLERANCE:
                 y = y.real
         return y if _bits(y) <= MAX_BITS else MP.nan
@@ -141,7 +141,7 @@ def _factorial(x):
 FUNCTIONS = {"sin": MP.sin, "cos": MP.cos, "tan": MP.tan, "csc": MP.csc, "sec": MP.sec, "cot": MP.cot, "arcsin": MP.asin,
              "arccos": MP.acos, "arctan": MP.atan, "sinh": MP.sinh, "cosh": MP.cosh, "tanh": MP.tanh, "exp": MP.exp,
              "ln": MP.ln, "log": MP.ln, "lg": MP.log10}
-_CANCELLING = {add, sub, *FUNCTIONS.values()} - {MP.exp}  # a tiny e^-100 is no trace
+_CANCELLING = {add, sub, *FUNCTIONS.values()} - {MP.exp}  # e^-100 is tiny, and no rounding error
 _POSTFIX = {"!": _factorial, "%": lambda x: x / 100, "°": lambda x: x * MP.pi / 180}
 _BINARY = {r"\frac": truediv, r"\binom": lambda n, k: _factorial(n) / _factorial(k) / _factorial(n - k)}
 _CONSTANTS = {r"\pi": Number((+MP.pi,)), r"\infty": Number((MP.inf,)), r"\emptyset": Group("set", ()),
@@ -233,7 +233,7 @@ class _Parser:
             elif self.peek()[0] == '"':  # a unit or a remark
                 self.position += 1
                 if value.kind == "number" and not is_constant(value):
-                    raise Unreadable("a word behind a variable, as in x is odd")
+                    raise Unreadable("a word after a variable, as in x is odd")
             elif _ATOM.match(self.peek()):
                 value = self.juxtaposed(value)
             else:
@@ -243,7 +243,7 @@ class _Parser:
         """The product of a value and the factor that follows it without a sign; or a name of several letters."""
         before, bracketed = self.tokens[self.position - 1], self.peek() == "("
         if before[0] == '"' or value.kind == "number" and value.sign:
-            raise Unreadable("a factor behind a sign or a word")
+            raise Unreadable("a factor after a sign or a word")
         if before[-1] == "." or re.match(r"\.?\d", self.peek()) and before[-1].isalnum():
             raise Unreadable("two numbers, or x2, side by side")
         start, factor = self.position, self.power()

@@ -1,7 +1,7 @@
 r"""One spelling for what LaTeX and prose write in many ways: `$\dfrac12\,\text{ cm}^2$` becomes `\frac{1}2 "cm"`.
 
 Words end up in double quotes, so that the parser can tell a unit from a product of letters. A word is what stands in
-\text{…}, a unit of _UNITS, or anything that looks like English: four letters or more, with a vowel, behind a space.
+\text{…}, a unit of _UNITS, or anything that looks like English: four letters or more (five after a digit), with a vowel.
 """
 
 import re

@@ -1,7 +1,7 @@
 """A LoRA as files of PEFT (github.com/huggingface/peft).
 
-A model is handed in; only its `blocks` are used. q, k and v are one matrix here and have one A, which stands in the
-file three times; gate and up likewise. Called by `s2r/hf/weights.py`.
+A model is handed in; only its `blocks` are used. q, k and v share one matrix and one A here, and the file has that A three
+times; that of gate and up twice. Called by `s2r/hf/weights.py`.
 """
 
 import json

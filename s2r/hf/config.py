@@ -39,7 +39,7 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     rope_scaling: dict | None = None  # None, or the parameters of rope type "llama3"
     norm_eps: float = 1e-5
-    tied: bool = True  # the head is the embedding
+    tied: bool = False  # the head is the embedding
     qkv_bias: bool = False  # Qwen2
     qk_norm: bool = False  # Qwen3
     max_positions: int = 2048  # tokens of context
@@ -84,14 +84,14 @@ class ModelConfig:
         if E % 2:
             raise ValueError(f"{path}: head_dim {E} is odd, and rotary positions need pairs; {AGAIN}")
         scaling = {name: number(name, kind="number") for name in LLAMA3 if rope_type == "llama3"}
-        context = number("max_position_embeddings", 2048)
-        window = number("sliding_window", context) if family == "mistral" else context  # within it nothing changes
+        context = number("max_position_embeddings", cls.max_positions)
+        window = number("sliding_window", context) if family == "mistral" else context  # no longer: no window is needed
         return cls(
             vocab_size=number("vocab_size"), hidden_size=D, intermediate_size=number("intermediate_size"),
             num_layers=number("num_hidden_layers"), num_heads=H, num_kv_heads=G, head_dim=E,
-            rope_theta=number("rope_theta", 10_000.0, "number"), rope_scaling=scaling or None,
+            rope_theta=number("rope_theta", cls.rope_theta, "number"), rope_scaling=scaling or None,
             norm_eps=number("rms_norm_eps", kind="number"), max_positions=min(context, window), hf=hf,
-            tied=hf.get("tie_word_embeddings", False), qkv_bias=family == "qwen2", qk_norm=family == "qwen3",
+            tied=hf.get("tie_word_embeddings", cls.tied), qkv_bias=family == "qwen2", qk_norm=family == "qwen3",
         )  # fmt: skip
 
     def inverse_frequencies(self) -> torch.Tensor:

@@ -130,9 +130,9 @@ class Tokenizer:
     def chat(self, messages: list[dict[str, str]]) -> list[int]:
         """Prompt ids of `[{"role", "content"}, …]`, ending where the assistant starts to speak.
 
-        Equal to `transformers`' apply_chat_template(messages, add_generation_prompt=True), but a template that asks for
-        the date (Llama 3.2's does) always gets the same. Raises ValueError when the template refuses the messages (some
-        know no system role).
+        Equal to `transformers`' apply_chat_template(messages, add_generation_prompt=True, enable_thinking=False), but a
+        template that asks for the date (Llama 3.2's does) always gets the same. Qwen3 begins to think unless it is told
+        not to. Raises ValueError when the template refuses the messages (some know no system role).
         """
         try:
             return self._ids(self._render(messages, add_generation_prompt=True))
@@ -161,8 +161,9 @@ class Tokenizer:
 
     def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         return self._template.render(
-            messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **self._special
-        )
+            messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt,
+            enable_thinking=False, **self._special,
+        )  # fmt: skip
 
     def _end_of_turn(self) -> int | None:
         """The added token that the template puts right after an assistant message, None when it puts none there."""

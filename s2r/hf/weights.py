@@ -75,7 +75,7 @@ def load(model, folder: str | Path) -> None:
 
 
 def _read(shard: Path, name: str, weight, p: torch.nn.Parameter, start: int, end: int) -> None:
-    """Copy one weight of the file into rows start … end of parameter p, as far as this rank has them."""
+    """Copy one weight of the file into rows start … end of parameter p, only those that this rank has."""
     found, wanted = tuple(weight.get_shape()), (end - start, *p.shape[1:])
     if found != wanted:
         raise ValueError(f"{shard}: {name} is {found}, config.json says {wanted}; fetch both files again")

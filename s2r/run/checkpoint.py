@@ -6,7 +6,7 @@
     OUT/step-60/        optimizer, step; the last --keep of them are kept
     OUT/config.json …   the model of the newest one, by hard links to its files: OUT too is a Hugging Face folder
 
-A checkpoint is written under a temporary name, forced onto the disk, then renamed: whenever the process dies, every
+A checkpoint is written under a temporary name, synced to the disk, then renamed: whenever the process dies, every
 step-N is whole. No random state and no position in the data is saved: both are functions of (seed, step).
 """
 
@@ -40,13 +40,13 @@ FREE |= {"tokens_per_microbatch", "slots", "checkpointing", "offload", "device",
 
 
 class Run:
-    """A run folder, from its settings to its last checkpoint. Only the first rank writes."""
+    """A run folder, from its settings to its last checkpoint. Only the first rank writes, but for `keep_batch`."""
 
-    def __init__(self, cfg, ranks: Ranks, *, data: str, steps: int):
-        """Make `cfg.out`, or take up the run in it with `cfg.resume`; `data` is the file that is learnt from.
+    def __init__(self, cfg, ranks: Ranks, dtype: torch.dtype, *, data: str, steps: int):
+        """Make `cfg.out`, or with `cfg.resume` continue the run in it; `data` is the file that is learnt from.
 
-        Raises FileExistsError when it holds a model, a run already, or one that has lost its checkpoints, and
-        ValueError when the run to resume had other settings or other data.
+        Raises FileExistsError when the folder holds a model, a run (without --resume), or a run without its checkpoints,
+        and ValueError when the run to resume had other settings or other data. `dtype` is what --dtype auto has become.
         """
         self.cfg, self.ranks, self.steps, self.folder = cfg, ranks, steps, Path(cfg.out)
         self.saved = 0  # step of the newest checkpoint
@@ -59,6 +59,7 @@ class Run:
             raise FileExistsError(f"{self.folder} holds a run already; take another --out, or --resume this one")
         before = json.loads(file.read_text()) if file.exists() else {}
         now = {name: value for name, value in dataclasses.asdict(cfg).items() if name != "resume"}
+        now["dtype"] = str(dtype).removeprefix("torch.")
         now["data_sha256"] = hashlib.sha256(Path(data).read_bytes()).hexdigest()
         now["weights_changed"] = max(file.stat().st_mtime for file in Path(cfg.model).glob("*.safetensors"))
         for name, value in before.items():
@@ -70,15 +71,16 @@ class Run:
             if name not in FREE and value != now.get(name):
                 what = f"--{name.replace('_', '-')} was {value!r}, now {now.get(name)!r}"
                 raise ValueError(f"{file}: {what}; resume with the same settings or take another --out")
-        if (self.folder / "config.json").exists() and not self._checkpoints():
+        there = self._checkpoints()
+        if (there or (self.folder / "config.json").exists()) and not (there and before):
             what = "a run whose checkpoints are gone" if before else "a model, which the run would write over"
             raise FileExistsError(f"{self.folder} holds {what}; take another --out")
-        if max(self._checkpoints(), default=0) >= steps:
+        if max(there, default=0) >= steps:
             return  # nothing to do; run.json still says what made the run
         if cfg.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(self.folder)
+            self.writer = SummaryWriter(self.folder, purge_step=max(there, default=0) + 1)  # --resume repeats steps
         status, commit = subprocess.getstatusoutput(f"git -C {shlex.quote(str(ROOT))} rev-parse HEAD")
         now |= {"command": shlex.join(sys.argv), "commit": "unknown" if status else commit, "torch": torch.__version__}
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -103,7 +105,7 @@ class Run:
         return self.ranks.sum([found])[0] > 0
 
     def add(self, name: str, row: dict, title: str) -> None:
-        """Add a row to a log and print it behind `title`. Raises OSError when it cannot be written."""
+        """Add a row to a log and print it after `title`. Raises OSError when it cannot be written."""
         if not self.ranks.first:
             return
         file, step, words = self.folder / name, row["step"], [title]
@@ -118,6 +120,8 @@ class Run:
             if key != "step" and not isinstance(value, dict):
                 shown = f"{value:.4g}" if isinstance(value, float) else value
                 words.append(f"{key} {'–' if value is None else shown}")
+        if self.writer:
+            self.writer.flush()
         print("  ".join(words), flush=True)
 
     def end_step(self, model: Transformer, optimizer: torch.optim.Optimizer, step: int, stop) -> None:
@@ -141,7 +145,7 @@ class Run:
         self.saved = step
 
     def _write_checkpoint(self, model: Transformer, state: dict) -> None:
-        """step-N as a whole or not at all, then the links to it, then away with those that are too old."""
+        """step-N as a whole or not at all, then the links to it; then the oldest are deleted."""
         step = state["step"]
         if self.ranks.size > 1:
             if self.cfg.lora:  # the checkpoint has the adapters alone
@@ -166,10 +170,10 @@ class Run:
             self._publish(checkpoint)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors on a full disk
             shutil.rmtree(scratch, ignore_errors=True)
-            what = f"{self.folder}: could not save step {step} ({error}); the checkpoint before it is whole"
+            what = f"{self.folder}: could not save step {step} ({error}); --resume takes the newest that is whole"
             raise OSError(what) from error
         steps = self._checkpoints()
-        kept = [n for n in steps if n <= step][-self.cfg.keep :]  # later ones were unreadable on resume
+        kept = [n for n in steps if n <= step][-self.cfg.keep :]  # a later one could not be read on resume
         for n in set(steps) - set(kept):
             shutil.rmtree(self.folder / f"step-{n}", ignore_errors=True)
 
@@ -230,7 +234,7 @@ class Run:
                 why = str(error).partition("\n")[0]
                 print(f"warning: {checkpoint} cannot be read ({why}); trying the one before it", file=sys.stderr)
                 continue
-            self._publish(checkpoint)  # the process may have died before it came to that
+            self._publish(checkpoint)  # the process may have died before it linked them
             return state
         if steps:
             raise ValueError(f"{self.folder}: none of its {len(steps)} checkpoints can be read; take another --out")

@@ -25,7 +25,9 @@ class Journal:
 
         The first rank reads what all ranks of the run before wrote, on any number of them, and tells the others.
         """
-        self.path, self.known = Path(f"{cfg.out}.begun{f'-{ranks.rank}' * (ranks.rank > 0)}") if cfg.out else None, []
+        rank = "" if ranks.first else f"-{ranks.rank}"
+        self.path = Path(f"{cfg.out}.begun{rank}") if cfg.out else None
+        self.known: list[Rollout] = []
         if not cfg.out:
             return
         check_output(self.path)

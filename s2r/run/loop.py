@@ -27,18 +27,16 @@ from s2r.run.ranks import Ranks
 def pick(cfg) -> tuple[Ranks, torch.dtype]:
     """The processes of this run on --device, and the dtype to compute in.
 
-    "auto" is the GPU if there is one, and bf16 on it, fp32 elsewhere. A GPU becomes the current device. "mps", the GPU
-    of a Mac, is for those who ask for it: nobody has tried it. Raises ValueError for a device that is not here.
+    "auto" is the GPU if there is one, and bf16 on it, fp32 elsewhere. A GPU becomes the current device. Raises ValueError
+    for a device that is not here.
     """
     device, dtype = cfg.device, cfg.dtype
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":  # one per process of torchrun
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    if not re.fullmatch(r"cpu|mps|cuda:\d+", device):
-        raise ValueError(f"--device {device}: not a device; use auto, cpu, cuda, cuda:1 or mps")
-    if device == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("--device mps: torch sees no Mac's GPU here; use --device cpu")
+    if not re.fullmatch(r"cpu|cuda:\d+", device):
+        raise ValueError(f"--device {device}: not a device; use auto, cpu, cuda or cuda:1")
     if device.startswith("cuda"):
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if int(device.removeprefix("cuda:")) >= count:
@@ -96,7 +94,7 @@ def roll_out_together(
 ) -> list[Trajectory]:  # fmt: skip
     """`roll_out`, each rank a part of the problems; every rank gets all trajectories, problem by problem.
 
-    `to_first`: only the first rank gets them, the others nothing.
+    With `to_first`, the other ranks get an empty list.
 
     `known` and `each` have rollouts whose `prompt` is the index into all problems.
     """
@@ -115,7 +113,7 @@ class Sampler:
 
     Where the weights are fp32 and the compute is not, or where they are spread over ranks, it keeps a copy of them
     in the compute dtype. When `stop` is asked for, sampling ends at once, and rollouts are missing. Raises ValueError
-    for --eval-data without --eval-every, or the other way round, and for prompts of it that are too long.
+    for --eval-data without --eval-every, or the other way round, and for a prompt of --eval-data that is too long.
     """
 
     def __init__(self, cfg, ranks: Ranks, model: Transformer, tokenizer: Tokenizer, stop: "Stop"):
@@ -144,7 +142,7 @@ class Sampler:
     def evaluate(self, run: Run, step: int) -> None:
         """If --eval-every asks for it: greedy responses to --eval-data, and their metrics into eval.jsonl.
 
-        What is there already is not made again, so a resumed run makes up for an evaluation that was aborted.
+        One that is in eval.jsonl is skipped. One that was aborted is repeated by a resumed run.
         """
         if self.held_out and step % self.cfg.eval_every == 0 and not run.evaluated(step):
             greedy = self(self.held_out, n=1, temperature=0.0)
@@ -168,7 +166,7 @@ class Clock:
 
 
 class Stop:
-    """SIGTERM or SIGINT asks a run to end its step, save and exit. With one process, a second one ends it at once."""
+    """SIGTERM or SIGINT asks a run to end its step, save and exit. With one process, a second signal ends it at once."""
 
     def __init__(self, ranks: Ranks):
         self.ranks = ranks
@@ -215,9 +213,9 @@ def optimizer_step(
 
 def _step_offloaded(optimizer: torch.optim.Optimizer) -> None:
     """The optimizer's step, its state kept in CPU memory and brought to the parameters' device for one at a time."""
-    pairs = [(p, p.grad) for group in optimizer.param_groups for p in group["params"]]
+    pairs = [(p, p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     optimizer.zero_grad(set_to_none=True)
-    for p, gradient in pairs:  # the optimizer passes over parameters without gradient
+    for p, gradient in pairs:  # step() skips parameters without a gradient, so each call updates one
         p.grad = gradient
         kept = dict(optimizer.state[p])
         optimizer.state[p].update({name: x.to(p.device, non_blocking=True) for name, x in kept.items()})

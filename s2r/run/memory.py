@@ -96,17 +96,17 @@ def report(
     """
     rl, c = hasattr(cfg, "rollouts"), model.config
     batch = cfg.problems * cfg.rollouts if rl else cfg.batch_size
-    longest, slots = max(map(len, sequences), default=0), 0
-    if asked := [*prompts, *held_out]:
-        slots = min(cfg.slots, math.ceil(max(len(held_out), batch if prompts else 0) / ranks.size))
-        longest = max(longest, min(max(map(len, asked)) + cfg.max_new_tokens, c.max_positions))
+    # A row of the cache, and a sequence of an update, at most; slots is 0 where nothing is sampled.
+    capacity = min(max(map(len, [*prompts, *held_out]), default=0) + cfg.max_new_tokens, c.max_positions)
+    longest = capacity if prompts else max(map(len, sequences), default=0)
+    slots = min(cfg.slots, math.ceil(max(len(held_out), batch if prompts else 0) / ranks.size))
     largest = math.ceil(cfg.problems / cfg.updates) * cfg.rollouts if rl else batch  # sequences of an optimizer step
     rows = math.ceil(largest / ranks.size)
     reference = cfg.kl > 0 if not rl else cfg.beta > 0 or bool(cfg.offline)  # offline it is π_old as well
     return text(estimate(
         c, ranks=ranks.spread, itemsize=model.dtype.itemsize, gpu=ranks.device.type == "cuda",
         tokens=min(max(cfg.tokens_per_microbatch, longest), rows * longest), checkpointing=cfg.checkpointing,
-        offload=cfg.offload, reference=reference, sft=not rl, slots=slots, capacity=longest, lora=cfg.lora,
+        offload=cfg.offload, reference=reference, sft=not rl, slots=slots, capacity=capacity, lora=cfg.lora,
     ))  # fmt: skip
 
 

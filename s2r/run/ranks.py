@@ -38,8 +38,8 @@ class Ranks:
             raise ValueError(f"{self.size} processes, {local} of them here: start as many on each machine")
         self.device, self.first = device, self.rank == 0  # first: writes and prints for all
         if self.size > 1 and not dist.is_initialized():
-            # Ranks wait for the one with the longest rollouts, and for the first while it saves. That one of them is
-            # dead is for torchrun to notice, which ends the others, and not for this.
+            # Ranks wait for the one with the longest rollouts, and for the first while it saves. If a rank dies, torchrun
+            # ends the others; this time-out is not for that.
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
 
     def shard(self, model: Transformer) -> None:

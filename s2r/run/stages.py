@@ -20,7 +20,7 @@ class Stage:
     needs: tuple[str, ...]  # outputs of other stages; what no stage makes is taken to be there
 
     def run(self) -> None:
-        """Run the command on one thread and print its lines behind its name. Raises ValueError when it fails."""
+        """Run the command on one thread and print its lines after its name. Raises ValueError when it fails."""
         print("\n$ python", *self.command, flush=True)
         start = time.perf_counter()
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}

@@ -20,8 +20,6 @@ from s2r.rl import online_credit
 from s2r.rollouts import Trajectory, load_rollouts
 from s2r.run.flags import start
 
-FILTERS = ("corrected", "spoiled", "missed", "false alarm", "right verdict, wrong reason", "repeats an answer", "cut off")
-
 
 @dataclass(frozen=True)
 class Config:
@@ -31,7 +29,7 @@ class Config:
 
 
 def labels(trajectory: Trajectory) -> list[str]:
-    """Which of FILTERS a judged trajectory belongs to."""
+    """The filters that a judged trajectory belongs to."""
     solves = [action for action in trajectory.actions if action.kind == "solve"]
     first, last = (bool(solves and solves[i].correct) for i in (0, -1))
     checks = {(action.truth, action.verdict) for action in trajectory.actions if action.kind == "verify"}
@@ -45,7 +43,7 @@ def labels(trajectory: Trajectory) -> list[str]:
         "repeats an answer": len(set(answers)) < len(answers),
         "cut off": not trajectory.finished,
     }
-    return [name for name in FILTERS if holds[name]]
+    return [name for name, true in holds.items() if true]
 
 
 def page(trajectories: Sequence[Trajectory], tokenizer: Tokenizer, title: str) -> str:
@@ -60,7 +58,7 @@ def page(trajectories: Sequence[Trajectory], tokenizer: Tokenizer, title: str) -
             action["tokens"] = tokens[action["start"] : action["end"]]
         shown = ("unique_id", "problem", "answer", "reward", "actions")
         rows.append({name: row[name] for name in shown} | {"labels": labels(trajectory)})
-    data = json.dumps({"title": title, "filters": FILTERS, "rows": rows}, ensure_ascii=True)
+    data = json.dumps({"title": title, "rows": rows}, ensure_ascii=True)
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     return template.replace("DATA", data.replace("<", "\\u003c"))  # no text can end the script element
 

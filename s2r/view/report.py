@@ -59,6 +59,7 @@ def main(cfg: Config) -> None:
         if len(set(map(tuple, seeds.values()))) > 1 or sum(map(len, seeds.values())) < len(rows):
             counts = "; ".join(f"{name} of {', '.join(folders)}" for name, folders in seeds.items())
             raise ValueError(f"{counts}: give one report of each model and seed, the same seeds in the same order")
+        print(f"mean ± half of the 95 % interval over {', '.join(next(iter(seeds.values())))}")
         return over_seeds({name: list(reports.values()) for name, reports in seeds.items()})
     print(table(rows))
     for (name, before), (other, after) in pairwise(rows.items()):
@@ -67,7 +68,7 @@ def main(cfg: Config) -> None:
 
 
 def _paired(before: dict, after: dict) -> str | None:
-    """The difference of two reports, problem by problem; None if they are not on the same ones, with as many responses."""
+    """The difference of two reports, problem by problem; None unless both have the same data file and number of responses."""
     x, y = before.get("right"), after.get("right")
     same = all(before.get(key) == after.get(key) for key in ("data", "responses"))
     if not same or not x or not y or len(x) != len(y) or len(y) < 2:
@@ -99,7 +100,7 @@ def _merged(values: list):
 def table(rows: dict[str, dict]) -> str:
     """Results of `summarize` by name, one line each; below it, accuracy and trials by level, pass and majority by k.
 
-    Fractions are in per cent. The `standard_error` that `at_k` computes stands behind the accuracy.
+    Fractions are in per cent. The accuracy is followed by the `standard_error` that `at_k` computes.
     """
 
     def cell(metrics: dict, name: str) -> str:
@@ -149,8 +150,8 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 def mcnemar(after: Sequence, before: Sequence) -> tuple[int, int, float]:
     """Of the same problems, how many only `after` solves, how many only `before`, and the two-sided p of McNemar's test.
 
-    The test is exact: if neither is better, each problem that one of them solves is a toss of a fair coin. Both are
-    sequences of as many entries, "1" or True where the problem is solved.
+    The test is exact: if neither is better, each problem that one of them solves is a toss of a fair coin. Both have
+    an entry per problem, "1" or True where it is solved.
     """
     pairs = [(x in ("1", True), y in ("1", True)) for x, y in zip(after, before, strict=True)]
     gained, lost = pairs.count((True, False)), pairs.count((False, True))
