@@ -22,6 +22,7 @@ SUMS, END = "Add up: 62 plus 7 is 69, 69 minus 11 is 58.", "The target is 58. 58
     ("plus minus", f"{SUMS} The target is 60. 58 and 60 are different. Therefore, the answer is incorrect.", "a wrong comparison"),
     ("plus minus", f"{SUMS} The target is 58. 58 and 58 are different. Therefore, the answer is incorrect.", "a wrong comparison"),
     ("plus minus", f"{SUMS} {END} Therefore, the answer is incorrect.", "a verdict that does not follow"),
+    ("plus minus", f"{SUMS} So {END} Therefore, the answer is correct.", "other words"),
     ("plus minus", "Therefore, the answer is correct.", "other signs than the answer's"),
 ])
 def test_fault_names_the_first_thing_wrong(answer, check, fault):

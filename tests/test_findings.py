@@ -115,8 +115,7 @@ def test_main_writes_reports_and_page_and_runs_no_seed_twice(tmp_path, monkeypat
             made.append(path := tmp_path / stage.makes)
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.suffix == ".json":
-                level = {"5": {"trials": 4.0}} if ".longer" in path.name else BASE["by_level"]
-                path.write_text(json.dumps(BASE | {"by_level": level, "right": "1", "accuracy": 0.5 + 0.01 * int(stage.makes.split("seed-")[1][0])}))
+                path.write_text(json.dumps(BASE | {"right": "1", "accuracy": 0.5 + 0.01 * int(stage.makes.split("seed-")[1][0])}))
                 write_jsonl(path.with_suffix(".test.jsonl"), [row("p", "-i+c")])
             elif path.name == "base.votes.jsonl":
                 write_jsonl(path, [row("p", "+", ids=[1, 2])] * 3)
@@ -132,7 +131,6 @@ def test_main_writes_reports_and_page_and_runs_no_seed_twice(tmp_path, monkeypat
     text = Path("out/findings.md").read_text()
     assert "| base | 50.5 ± 6.4 |" in text and "commits 0123456." in text
     assert json.loads(Path("out/findings/seed-1/sft.json").read_text())["after"]["1"] == 0
-    assert set(json.loads(Path("out/findings/seed-1/sft.json").read_text())["by_level"]) == {"1", "2", "4", "5"}
     assert read_jsonl("runs/findings/seed-0/trajectories-200.jsonl") == [{"row": i} for i in range(200)]
 
     made.clear()

@@ -3,7 +3,7 @@
     python -m s2r.stage0.select --rollouts ROLLOUTS.jsonl --out PROBLEMS.jsonl
 
 Reads what `sample.py --n 8 --temperature 0.7 --out` writes. Keeps the problems whose sampled accuracy is in a range.
-If all rollouts of a problem get the same reward, their advantages are zero and nothing is learnt from them.
+At the outcome level, a problem whose rollouts all have one reward teaches nothing but the KL term.
 """
 
 from collections import Counter

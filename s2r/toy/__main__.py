@@ -27,12 +27,11 @@ RL = f"""train_rl.py --model F/sft --problems 64 --rollouts 4 --updates 1 --temp
 MODELS = ("base", "sft", "sft-plus", "rl-outcome", "rl-process")
 
 
-def evaluation(model: str, test: str = "test") -> tuple[str, str, str]:
-    """The stage that evaluates a model on F/TEST.jsonl: makes MODEL.json (MODEL.TEST.json), rollouts in MODEL.TEST.jsonl."""
+def evaluation(model: str) -> tuple[str, str, str]:
+    """The stage that evaluates a model on F/test.jsonl: makes its report MODEL.json, rollouts in MODEL.test.jsonl."""
     folder, need = (BASE, "train.jsonl") if model == "base" else (f"F/{model}", model)
-    report = f"{model}.json" if test == "test" else f"{model}.{test}.json"
-    command = f"sample.py --device cpu --model {folder} --data F/{test}.jsonl --out F/{model}.{test}.jsonl --report F/{report}"
-    return report, need, f"{command} --temperature 0 --max-new-tokens {LONGEST}"
+    command = f"sample.py --device cpu --model {folder} --data F/test.jsonl --out F/{model}.test.jsonl --report F/{model}.json"
+    return f"{model}.json", need, f"{command} --temperature 0 --max-new-tokens {LONGEST}"
 
 
 PLAN: Plan = (

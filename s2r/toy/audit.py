@@ -8,6 +8,7 @@ target have to be true, and the verdict has to follow.
 
 import re
 
+from s2r.grammar import parse_verdict
 from s2r.run.flags import start
 from s2r.stage0.audit import Config, audit
 from s2r.toy.world import PROBLEM, SIGNS, compare, verify
@@ -32,7 +33,8 @@ def fault(problem: str, answer: str | None, check: str) -> str:
         return "a wrong sum"
     if compare(steps[-1][3], target) not in check:
         return "a wrong comparison"
-    return "a verdict that does not follow"
+    verdict = "correct" if steps[-1][3] == target else "incorrect"
+    return "other words" if parse_verdict(check) == verdict else "a verdict that does not follow"
 
 
 if __name__ == "__main__":
