@@ -14,7 +14,8 @@ try:  # comes with PyTorch for CUDA; without it (macOS, Windows) the kernels are
     import triton
     import triton.language as tl
 
-    # Sizes that change from call to call: no kernel is compiled again because one divides by 16, or is 1.
+    # Triton compiles a kernel anew where an integer argument is 1, or a multiple of 16 and then not. These change from call
+    # to call, so they are exempt.
     jit = triton.jit(do_not_specialize=["T", "sequences", "splits", "tiles", "first"])
 except ImportError:
     triton = tl = None

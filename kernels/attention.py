@@ -40,9 +40,6 @@ import torch.nn.functional as F
 
 from kernels import jit, tl, triton
 
-# ---- the PyTorch twin ----
-
-
 def attention_torch(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, prefix: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -64,16 +61,17 @@ def attention_torch(
     return torch.cat(out, dim=1).transpose(0, 1)  # (T, H, E)
 
 
-# ---- Triton ----
-
-
 @jit
 def _find_block(cu_seqlens, sequences, number, BLOCK: tl.constexpr):
     """The block of this number as (its sequence, that one's first token and length, place of the block in it).
 
-    Sequence s owns the numbers from cu_seqlens[s] // BLOCK + s on. That is room enough for its blocks, the last of
-    them partial, and nothing has to be counted beforehand: the price is a few numbers without a block, whose place
-    lies beyond their sequence's length.
+    Sequence s owns the numbers from cu_seqlens[s] // BLOCK + s on: room enough for its blocks, and the host need not
+    count them. With BLOCK = 4:
+
+        cu_seqlens      0   4   6   9       sequences of 4, 2 and 3 tokens, one block each
+        first number    0   2   3           9 // 4 + 3 = 5 programs
+
+    Numbers 1 and 4 have no block. Their place is not below the length of their sequence, and the program ends.
     """
     low, high = 0, sequences
     while high - low > 1:  # the last sequence that starts at or before `number`
@@ -96,12 +94,12 @@ def _find_prefix(prefix, cu_seqlens, sequence, start):
 
 
 @jit
-def _load_tile(base, stride, rows, length, columns, E: tl.constexpr, BLOCK_E: tl.constexpr, PARTIAL: tl.constexpr):
-    """A (rows, BLOCK_E) tile, zero beyond column E (head widths may be no power of two) and, if PARTIAL, the length."""
+def _load_tile(base, stride, rows, end, columns, E: tl.constexpr, PARTIAL: tl.constexpr):
+    """A (rows, columns) tile, zero from column E on (it may be no power of two) and, if PARTIAL, from row `end` on."""
     at = base + rows[:, None] * stride + columns[None, :]
     if PARTIAL:
-        return tl.load(at, mask=(rows < length)[:, None] & (columns < E)[None, :], other=0.0)
-    elif E < BLOCK_E:
+        return tl.load(at, mask=(rows < end)[:, None] & (columns < E)[None, :], other=0.0)
+    elif E < columns.shape[0]:
         return tl.load(at, mask=(columns < E)[None, :], other=0.0)
     else:
         return tl.load(at)
@@ -109,21 +107,24 @@ def _load_tile(base, stride, rows, length, columns, E: tl.constexpr, BLOCK_E: tl
 
 @jit
 def _attend(
-    acc, m, total, q, k, v, stride_k, stride_v, low, high, length, rows, columns, scale,
-    E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, DIAGONAL: tl.constexpr,
+    acc, m, total, q, k, v, stride_k, stride_v, low, high, seen, columns, scale,
+    E: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax of queries `rows` over keys low … high; acc (BLOCK_Q, BLOCK_E), m and total (BLOCK_Q,) fp32."""
+    """Online softmax over keys low … high. If MASKED, query i sees them up to seen[i], else all, and they fill BLOCK_Ks.
+
+    acc (BLOCK_Q, BLOCK_E), m and total (BLOCK_Q,) are fp32.
+    """
     for first in range(low, high, BLOCK_K):
         keys = first + tl.arange(0, BLOCK_K)  # (BLOCK_K,)
-        k_tile = _load_tile(k, stride_k, keys, length, columns, E, BLOCK_E, DIAGONAL)  # (BLOCK_K, BLOCK_E)
+        k_tile = _load_tile(k, stride_k, keys, high, columns, E, MASKED)  # (BLOCK_K, BLOCK_E)
         s = tl.dot(q, tl.trans(k_tile), input_precision="tf32x3") * scale  # (BLOCK_Q, BLOCK_K), to base 2
-        if DIAGONAL:
-            s = tl.where(rows[:, None] >= keys[None, :], s, -float("inf"))  # keys beyond the length are later than all
-        m_new = tl.maximum(m, tl.max(s, 1))  # finite: key `low` is seen by every row
+        if MASKED:  # also drops the zeros past the end: a query that is stored sees none of them
+            s = tl.where(seen[:, None] >= keys[None, :], s, -float("inf"))
+        m_new = tl.maximum(m, tl.max(s, 1))  # finite: a query sees a key of its first block, and m never falls
         p = tl.exp2(s - m_new[:, None])
         shrink = tl.exp2(m - m_new)
         total = total * shrink + tl.sum(p, 1)
-        v_tile = _load_tile(v, stride_v, keys, length, columns, E, BLOCK_E, DIAGONAL)
+        v_tile = _load_tile(v, stride_v, keys, high, columns, E, MASKED)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision="tf32x3")
         m = m_new
     return acc, m, total
@@ -146,24 +147,23 @@ def _forward_kernel(
         k += start * stride_kt + (head // GROUP) * stride_kg
         v += start * stride_vt + (head // GROUP) * stride_vg
         q_head = q + start * stride_qt + head * stride_qh
-        q_tile = _load_tile(q_head, stride_qt, rows, length, columns, E, BLOCK_E, True)
+        q_tile = _load_tile(q_head, stride_qt, rows, length, columns, E, True)
         scale_2 = scale * 1.4426950408889634  # times log2(e)
         acc = tl.zeros((BLOCK_Q, BLOCK_E), tl.float32)
         m = tl.full((BLOCK_Q,), -float("inf"), tl.float32)
         total = tl.zeros((BLOCK_Q,), tl.float32)
         acc, m, total = _attend(  # keys that all of these queries see
-            acc, m, total, q_tile, k, v, stride_kt, stride_vt, 0, first, length, rows, columns,
-            scale_2, E, BLOCK_E, BLOCK_K, False,
-        )  # fmt: skip
+            acc, m, total, q_tile, k, v, stride_kt, stride_vt, 0, first, rows, columns, scale_2, E, BLOCK_K, False
+        )
         acc, m, total = _attend(  # the diagonal
-            acc, m, total, q_tile, k, v, stride_kt, stride_vt, first, tl.minimum(first + BLOCK_Q, length), length,
-            rows, columns, scale_2, E, BLOCK_E, BLOCK_K, True,
+            acc, m, total, q_tile, k, v, stride_kt, stride_vt, first, tl.minimum(first + BLOCK_Q, length), rows, columns,
+            scale_2, E, BLOCK_K, True,
         )  # fmt: skip
-        if SHARED:  # the keys of the prefix, which all these queries see, as if each stood at the last of them
+        if SHARED:  # the keys of the prefix, which all of these queries see
             back, last = _find_prefix(prefix, cu_seqlens, sequence, start)
             acc, m, total = _attend(
                 acc, m, total, q_tile, k - back * stride_kt, v - back * stride_vt, stride_kt, stride_vt, 0, last + 1,
-                last + 1, last + 0 * rows, columns, scale_2, E, BLOCK_E, BLOCK_K, True,
+                tl.full((BLOCK_Q,), last, tl.int32), columns, scale_2, E, BLOCK_K, True,
             )  # fmt: skip
         at = out + ((start + rows) * H + head)[:, None] * E + columns[None, :]
         kept = (rows < length)[:, None] & (columns < E)[None, :]
@@ -173,17 +173,17 @@ def _forward_kernel(
 
 @jit
 def _grad_q(
-    dq, q, do, lse_row, delta, k, v, stride_k, stride_v, low, high, length, rows, columns, scale,
-    E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, DIAGONAL: tl.constexpr,
+    dq, q, do, lse_row, delta, k, v, stride_k, stride_v, low, high, seen, columns, scale,
+    E: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Σ_j ds_ij·k_j of the queries `rows` over keys low … high, added to dq (BLOCK_Q, BLOCK_E) fp32."""
+    """Σ_j ds_ij·k_j over keys low … high, masked as in `_attend`, added to dq (BLOCK_Q, BLOCK_E) fp32."""
     for first in range(low, high, BLOCK_K):
         keys = first + tl.arange(0, BLOCK_K)  # (BLOCK_K,)
-        k_tile = _load_tile(k, stride_k, keys, length, columns, E, BLOCK_E, DIAGONAL)  # (BLOCK_K, BLOCK_E)
-        v_tile = _load_tile(v, stride_v, keys, length, columns, E, BLOCK_E, DIAGONAL)
+        k_tile = _load_tile(k, stride_k, keys, high, columns, E, MASKED)  # (BLOCK_K, BLOCK_E)
+        v_tile = _load_tile(v, stride_v, keys, high, columns, E, MASKED)
         p = tl.exp2(tl.dot(q, tl.trans(k_tile), input_precision="tf32x3") * scale - lse_row[:, None])
-        if DIAGONAL:
-            p = tl.where(rows[:, None] >= keys[None, :], p, 0.0)
+        if MASKED:
+            p = tl.where(seen[:, None] >= keys[None, :], p, 0.0)
         dp = tl.dot(do, tl.trans(v_tile), input_precision="tf32x3")  # (BLOCK_Q, BLOCK_K)
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision="tf32x3")
@@ -206,10 +206,10 @@ def _backward_q_kernel(
         k += start * stride_kt + (head // GROUP) * stride_kg
         v += start * stride_vt + (head // GROUP) * stride_vg
         q_head = q + start * stride_qt + head * stride_qh
-        q_tile = _load_tile(q_head, stride_qt, rows, length, columns, E, BLOCK_E, True)
+        q_tile = _load_tile(q_head, stride_qt, rows, length, columns, E, True)
         here = (start * H + head) * E  # out, grad_out and grad_q are contiguous
-        o_tile = _load_tile(out + here, H * E, rows, length, columns, E, BLOCK_E, True)
-        do_tile = _load_tile(grad_out + here, H * E, rows, length, columns, E, BLOCK_E, True)
+        o_tile = _load_tile(out + here, H * E, rows, length, columns, E, True)
+        do_tile = _load_tile(grad_out + here, H * E, rows, length, columns, E, True)
         row = head * T + start + rows
         delta_row = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)  # (BLOCK_Q,)
         tl.store(delta + row, delta_row, mask=rows < length)  # for the kernel of dk and dv
@@ -217,18 +217,18 @@ def _backward_q_kernel(
         scale_2 = scale * 1.4426950408889634  # times log2(e)
         dq = tl.zeros((BLOCK_Q, BLOCK_E), tl.float32)
         dq = _grad_q(
-            dq, q_tile, do_tile, lse_row, delta_row, k, v, stride_kt, stride_vt, 0, first, length, rows, columns,
-            scale_2, E, BLOCK_E, BLOCK_K, False,
+            dq, q_tile, do_tile, lse_row, delta_row, k, v, stride_kt, stride_vt, 0, first, rows, columns,
+            scale_2, E, BLOCK_K, False,
         )  # fmt: skip
         dq = _grad_q(
             dq, q_tile, do_tile, lse_row, delta_row, k, v, stride_kt, stride_vt, first,
-            tl.minimum(first + BLOCK_Q, length), length, rows, columns, scale_2, E, BLOCK_E, BLOCK_K, True,
+            tl.minimum(first + BLOCK_Q, length), rows, columns, scale_2, E, BLOCK_K, True,
         )  # fmt: skip
         if SHARED:
             back, last = _find_prefix(prefix, cu_seqlens, sequence, start)
             dq = _grad_q(
                 dq, q_tile, do_tile, lse_row, delta_row, k - back * stride_kt, v - back * stride_vt, stride_kt, stride_vt,
-                0, last + 1, last + 1, last + 0 * rows, columns, scale_2, E, BLOCK_E, BLOCK_K, True,
+                0, last + 1, tl.full((BLOCK_Q,), last, tl.int32), columns, scale_2, E, BLOCK_K, True,
             )  # fmt: skip
         at = grad_q + here + rows[:, None] * (H * E) + columns[None, :]
         kept = (rows < length)[:, None] & (columns < E)[None, :]
@@ -237,22 +237,22 @@ def _backward_q_kernel(
 
 @jit
 def _grad_kv(
-    dk, dv, k, v, q, do, lse, delta, stride_q, stride_do, low, high, length, keys, columns, scale,
-    E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_Q: tl.constexpr, DIAGONAL: tl.constexpr,
+    dk, dv, k, v, q, do, lse, delta, stride_q, stride_do, low, high, keys, columns, scale,
+    E: tl.constexpr, BLOCK_Q: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Σ_i ds_ij·q_i and Σ_i p_ij·do_i of the keys `keys` over queries low … high, added to dk, dv (BLOCK_K, BLOCK_E).
+    """Σ_i ds_ij·q_i and Σ_i p_ij·do_i over queries low … high, added to dk, dv (BLOCK_K, BLOCK_E) fp32.
 
-    Rows of queries beyond the length are read as zeros: they add p·do = 0 and ds·q = 0.
+    If MASKED, query i sees the keys up to i, else all. Queries past the end are read as zeros: p·do = 0 and ds·q = 0.
     """
     for first in range(low, high, BLOCK_Q):
         rows = first + tl.arange(0, BLOCK_Q)  # (BLOCK_Q,)
-        q_tile = _load_tile(q, stride_q, rows, length, columns, E, BLOCK_E, True)  # (BLOCK_Q, BLOCK_E)
-        do_tile = _load_tile(do, stride_do, rows, length, columns, E, BLOCK_E, True)
-        lse_row = tl.load(lse + rows, mask=rows < length, other=0.0)
-        delta_row = tl.load(delta + rows, mask=rows < length, other=0.0)
-        # Everything is transposed, (BLOCK_K, BLOCK_Q), so that the two sums run along the rows of a dot.
+        q_tile = _load_tile(q, stride_q, rows, high, columns, E, True)  # (BLOCK_Q, BLOCK_E)
+        do_tile = _load_tile(do, stride_do, rows, high, columns, E, True)
+        lse_row = tl.load(lse + rows, mask=rows < high, other=0.0)
+        delta_row = tl.load(delta + rows, mask=rows < high, other=0.0)
+        # p and ds are held transposed, (BLOCK_K, BLOCK_Q): so they are the left operands of the dots below as they are.
         p = tl.exp2(tl.dot(k, tl.trans(q_tile), input_precision="tf32x3") * scale - lse_row[None, :])
-        if DIAGONAL:
+        if MASKED:
             p = tl.where(rows[None, :] >= keys[:, None], p, 0.0)
         dv = tl.dot(p.to(do_tile.dtype), do_tile, dv, input_precision="tf32x3")
         dp = tl.dot(v, tl.trans(do_tile), input_precision="tf32x3")
@@ -278,8 +278,8 @@ def _backward_kv_kernel(
     sequence, start, length, first = _find_block(cu_seqlens, sequences, tl.program_id(1), BLOCK_K)
     if first < length:
         keys, columns = first + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_E)
-        k_tile = _load_tile(k + start * stride_kt + g * stride_kg, stride_kt, keys, length, columns, E, BLOCK_E, True)
-        v_tile = _load_tile(v + start * stride_vt + g * stride_vg, stride_vt, keys, length, columns, E, BLOCK_E, True)
+        k_tile = _load_tile(k + start * stride_kt + g * stride_kg, stride_kt, keys, length, columns, E, True)
+        v_tile = _load_tile(v + start * stride_vt + g * stride_vg, stride_vt, keys, length, columns, E, True)
         scale_2 = scale * 1.4426950408889634  # times log2(e)
         dk = tl.zeros((BLOCK_K, BLOCK_E), tl.float32)
         dv = tl.zeros((BLOCK_K, BLOCK_E), tl.float32)
@@ -291,11 +291,11 @@ def _backward_kv_kernel(
             row = head * T + start
             dk, dv = _grad_kv(
                 dk, dv, k_tile, v_tile, q_head, do_head, lse + row, delta + row, stride_qt, H * E,
-                first, below, length, keys, columns, scale_2, E, BLOCK_E, BLOCK_Q, True,
+                first, below, keys, columns, scale_2, E, BLOCK_Q, True,
             )  # fmt: skip
             dk, dv = _grad_kv(
                 dk, dv, k_tile, v_tile, q_head, do_head, lse + row, delta + row, stride_qt, H * E,
-                below, end, end, keys, columns, scale_2, E, BLOCK_E, BLOCK_Q, False,
+                below, end, keys, columns, scale_2, E, BLOCK_Q, False,
             )  # fmt: skip
         at = ((start + keys) * (H // GROUP) + g)[:, None] * E + columns[None, :]
         kept = (keys < length)[:, None] & (columns < E)[None, :]
@@ -306,10 +306,9 @@ def _backward_kv_kernel(
 def _tiles(E: int, dtype: torch.dtype) -> tuple[int, dict[str, tuple[int, int, int, int]]]:
     """BLOCK_E, and per kernel its (BLOCK_Q, BLOCK_K, num_warps, num_stages), for head width E.
 
-    A tile of queries stays while tiles of keys stream by (in `dk, dv` the other way round). The larger it is, the
-    fewer times k and v are read; its accumulators, (BLOCK_Q, BLOCK_E) fp32, have to stay in registers. `forward` and
-    `dq` need BLOCK_Q, `dk, dv` needs BLOCK_K to be a multiple of the other. Those for E = 64 and 128 in 16 bits were
-    chosen by measurement on an H200 (docs/gpu.md).
+    The tile that stays (of queries; in `dk, dv` of keys) is as large as its fp32 accumulators in registers allow: so what
+    streams by is read fewer times. It has to be a multiple of the other, so that the diagonal starts at the border of a
+    block. Those for E = 64 and 128 in 16 bits were chosen by measurement on an H200 (docs/gpu.md).
     """
     BLOCK_E = max(16, triton.next_power_of_2(E))
     if dtype == torch.float32:  # a dot is three TF32 dots here, and twice the bytes: for tests and debugging
@@ -322,7 +321,7 @@ def _tiles(E: int, dtype: torch.dtype) -> tuple[int, dict[str, tuple[int, int, i
     return BLOCK_E, {"forward": (64, 64, 8, 2), "dq": (64, 32, 8, 2), "dk, dv": (32, 32, 8, 2)}
 
 
-def _launch(kernel, name: str, heads: int, q, k, v, others: tuple[torch.Tensor, ...], cu_seqlens, shared) -> None:
+def _launch(kernel, name: str, q, k, v, others: tuple[torch.Tensor, ...], cu_seqlens, shared) -> None:
     """Run one of the three kernels, with `others` between v and cu_seqlens, on every block of every head.
 
     `shared` (S,) is `prefix`, or for dk and dv `reach`; None: no sequence continues another.
@@ -330,9 +329,9 @@ def _launch(kernel, name: str, heads: int, q, k, v, others: tuple[torch.Tensor, 
     (T, H, E), G, S = q.shape, k.shape[1], len(cu_seqlens) - 1
     BLOCK_E, tiles = _tiles(E, q.dtype)
     BLOCK_Q, BLOCK_K, warps, stages = tiles[name]
-    blocks = T // (BLOCK_K if name == "dk, dv" else BLOCK_Q) + S  # as many as `_find_block` gives out
+    heads, block = (G, BLOCK_K) if name == "dk, dv" else (H, BLOCK_Q)  # of the tile that stays
     with torch.cuda.device_of(q):
-        kernel[heads, blocks](
+        kernel[heads, T // block + S](  # as many numbers as `_find_block` gives out
             q, k, v, *others, cu_seqlens, cu_seqlens if shared is None else shared, S, T, 1 / math.sqrt(E),
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], H=H, GROUP=H // G, E=E, SHARED=shared is not None,
             BLOCK_E=BLOCK_E, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, num_warps=warps, num_stages=stages,
@@ -347,7 +346,7 @@ class _Attention(torch.autograd.Function):
         q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
         T, H, _ = q.shape
         out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(H, T, dtype=torch.float32)
-        _launch(_forward_kernel, "forward", H, q, k, v, (out, lse), cu_seqlens, prefix)
+        _launch(_forward_kernel, "forward", q, k, v, (out, lse), cu_seqlens, prefix)
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, prefix)
         return out
 
@@ -356,10 +355,10 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, lse, cu_seqlens, prefix = ctx.saved_tensors
         grad_out, delta = grad_out.contiguous(), torch.empty_like(lse)
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-        _launch(_backward_q_kernel, "dq", q.shape[1], q, k, v, (out, grad_out, lse, delta, dq), cu_seqlens, prefix)
+        _launch(_backward_q_kernel, "dq", q, k, v, (out, grad_out, lse, delta, dq), cu_seqlens, prefix)
         ends = cu_seqlens[1:]
         reach = None if prefix is None else ends.scatter_reduce(0, prefix, ends, "amax")  # (S,)
-        _launch(_backward_kv_kernel, "dk, dv", k.shape[1], q, k, v, (grad_out, lse, delta, dk, dv), cu_seqlens, reach)
+        _launch(_backward_kv_kernel, "dk, dv", q, k, v, (grad_out, lse, delta, dk, dv), cu_seqlens, reach)
         return dq, dk, dv, None, None
 
 

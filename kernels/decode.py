@@ -48,9 +48,9 @@ def _decode_kernel(
     """
     g, row, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     length = tl.load(lengths + row).to(tl.int32)  # read here, on the device: a CUDA graph may replay with other lengths
-    share = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_K) * BLOCK_K
-    low = split * share
-    high = tl.minimum(low + share, length)
+    part = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_K) * BLOCK_K  # keys of one part
+    low = split * part
+    high = tl.minimum(low + part, length)
     scale_2 = scale * 1.4426950408889634  # times log2(e)
     heads, columns = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_E)  # a dot wants 16 rows or more: some stay unused
     kept = (heads < GROUP)[:, None] & (columns < E)[None, :]
@@ -61,18 +61,18 @@ def _decode_kernel(
     acc = tl.zeros((BLOCK_H, BLOCK_E), tl.float32)
     m = tl.full((BLOCK_H,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_H,), tl.float32)
-    acc, m, total = _attend(  # a new token sees all keys, as if it stood at the last of them
-        acc, m, total, q_tile, k, v, stride_kc, stride_vc, low, high, high, high - 1 + 0 * heads, columns,
-        scale_2, E, BLOCK_E, BLOCK_K, True,
+    acc, m, total = _attend(  # a new token sees all keys
+        acc, m, total, q_tile, k, v, stride_kc, stride_vc, low, high, tl.full((BLOCK_H,), high - 1, tl.int32), columns,
+        scale_2, E, BLOCK_K, True,
     )  # fmt: skip
     if SPLITS == 1:
         at = out + row_head[:, None] * E + columns[None, :]
         tl.store(at, (acc / total[:, None]).to(out.dtype.element_ty), mask=kept)
     else:
         used = tl.where(total > 0, total, 1.0)  # an empty part: no 0/0, and lse = −inf + log2(1)
-        part = row_head * SPLITS + split
-        tl.store(partial + part[:, None] * E + columns[None, :], acc / used[:, None], mask=kept)
-        tl.store(lse + part, m + tl.log2(used), mask=heads < GROUP)
+        at = row_head * SPLITS + split
+        tl.store(partial + at[:, None] * E + columns[None, :], acc / used[:, None], mask=kept)
+        tl.store(lse + at, m + tl.log2(used), mask=heads < GROUP)
 
 
 @jit
@@ -87,9 +87,9 @@ def _merge_kernel(out, partial, lse, E: tl.constexpr, SPLITS: tl.constexpr, BLOC
     tl.store(out + n * E + columns, mixed.to(out.dtype.element_ty), mask=columns < E)
 
 
-def _tiles(BLOCK_E: int) -> dict[str, int]:
-    """Tile, warps and stages of `_decode_kernel`, which waits for memory: 64 KB of keys and values are on their way."""
-    return {"BLOCK_K": 64 if BLOCK_E <= 128 else 32, "num_warps": 4, "num_stages": 3}
+def _tiles(BLOCK_E: int, itemsize: int) -> dict[str, int]:
+    """Tile, warps and stages of `_decode_kernel`, which waits for memory: up to 64 KB of keys and values are on their way."""
+    return {"BLOCK_K": min(64, 2**14 // (BLOCK_E * itemsize)), "num_warps": 4, "num_stages": 3}
 
 
 def decode_attention_triton(
@@ -108,10 +108,10 @@ def decode_attention_triton(
         _decode_kernel[G, S, splits](
             q, k_cache, v_cache, out, partial, lse, lengths, 1 / math.sqrt(E), *k_cache.stride()[:3],
             *v_cache.stride()[:3], H=H, GROUP=H // G, E=E, SPLITS=splits, BLOCK_E=BLOCK_E, BLOCK_H=BLOCK_H,
-            **_tiles(BLOCK_E),
+            **_tiles(BLOCK_E, q.itemsize),
         )  # fmt: skip
         if splits > 1:
-            _merge_kernel[S * H,](out, partial, lse, E=E, SPLITS=splits, BLOCK_E=BLOCK_E, num_warps=2)
+            _merge_kernel[S * H,](out, partial, lse, E=E, SPLITS=splits, BLOCK_E=BLOCK_E, num_warps=8 if splits > 16 else 2)
     return out
 
 

@@ -175,7 +175,7 @@ def _forward_kernel(
     z_target = tl.zeros((BLOCK_T,), tl.float32)
     m_ref = tl.full((BLOCK_T,), LOWEST, tl.float32)
     s_ref = tl.zeros((BLOCK_T,), tl.float32)
-    w = tl.zeros((BLOCK_T,), tl.float32)  # Σ e·((z − m) − (z_ref − m_ref))
+    cross = tl.zeros((BLOCK_T,), tl.float32)  # Σ e·((z − m) − (z_ref − m_ref))
     for start in range(first, last, BLOCK_V):
         v = start + tl.arange(0, BLOCK_V)  # (BLOCK_V,)
         entry = tl.minimum(v, V - 1)  # past the end: the last entry again, and its logit is taken away below
@@ -193,8 +193,8 @@ def _forward_kernel(
             step_ref = m_ref - m_ref_new
             x_ref = z_ref - m_ref_new[:, None]
             s_ref = tl.exp2(step_ref * scale) * s_ref + tl.sum(tl.exp2(x_ref * scale), 1)
-            e = tl.exp2(x * scale)
-            w = keep * (w + (step - step_ref) * s) + tl.sum(e * (x - x_ref), 1)
+            e = tl.exp2(x * scale)  # not before the product above: there x alone then has to stay in registers
+            cross = keep * (cross + (step - step_ref) * s) + tl.sum(e * (x - x_ref), 1)
             m_ref = m_ref_new
         else:
             e = tl.exp2(x * scale)
@@ -211,7 +211,7 @@ def _forward_kernel(
     if WITH_KL:
         tl.store(out + 3 * T, m_ref, mask=mine)
         tl.store(out + 4 * T, s_ref, mask=mine)
-        tl.store(out + 5 * T, w, mask=mine)
+        tl.store(out + 5 * T, cross, mask=mine)
 
 
 @jit
@@ -254,8 +254,7 @@ def _tiles(itemsize: int, with_kl: bool, capability: int) -> dict[str, int]:
 
     The largest tiles whose forward keeps everything in registers: 128 × 256 fp32 take 128 of the 255 that each of 256
     threads has, and the KL holds two tiles. A large tile loads less per product: 128 × 256 moves 48 KB from L2 for
-    4.2 MFLOP. On an H200 at T = 8,192, V = 151,936, D = 3,584 in bf16 the forward takes 15.1 ms (the bare matmul 13.0),
-    forward and backward 59.6 ms (docs/gpu.md).
+    4.2 MFLOP. docs/gpu.md has what was measured.
     """
     if itemsize > 2:  # fp32 to its last bit is not for tensor cores: smaller tiles feed the plain ones
         return {"BLOCK_T": 64, "BLOCK_V": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 2}
@@ -266,11 +265,9 @@ def _tiles(itemsize: int, with_kl: bool, capability: int) -> dict[str, int]:
 
 def _splits(blocks: int, tiles: int, processors: int) -> int:
     """Into how many parts the forward cuts the vocabulary, so that the last program ends soonest."""
-
-    def time(splits: int) -> tuple[int, int]:  # rounds × tiles in each; among equals the most splits
-        return triton.cdiv(blocks * splits, processors) * triton.cdiv(tiles, splits), -splits
-
-    return min(range(1, min(tiles, max(GROUP, processors // max(blocks, 1))) + 1), key=time)
+    most = min(tiles, max(16, processors // max(blocks, 1)))
+    # Rounds of programs × tiles in each; among equals the most splits.
+    return min(range(1, most + 1), key=lambda n: (triton.cdiv(blocks * n, processors) * triton.cdiv(tiles, n), -n))
 
 
 def _arguments(hidden, weight, targets, hidden_ref, weight_ref) -> tuple[list, dict[str, int]]:
@@ -297,12 +294,12 @@ def _merge(partial: torch.Tensor, temperature: float) -> list[torch.Tensor]:
     log_s = s.log()
     merged = [m, log_s, (log_s - u / s / temperature).clamp_(min=0)]
     if ref:
-        m_ref_split, s_ref_split, w_split = ref
+        m_ref_split, s_ref_split, cross_split = ref
         m_ref = m_ref_split.amax(0)
         step_ref = m_ref_split - m_ref
         log_s_ref = (torch.exp(step_ref / temperature) * s_ref_split).sum(0).log()
-        w = (keep * (w_split + (step - step_ref) * s_split)).sum(0)
-        merged += [m_ref, log_s_ref, (w / s / temperature - log_s + log_s_ref).clamp_(min=0)]
+        cross = (keep * (cross_split + (step - step_ref) * s_split)).sum(0)
+        merged += [m_ref, log_s_ref, (cross / s / temperature - log_s + log_s_ref).clamp_(min=0)]
     return merged
 
 
@@ -316,16 +313,16 @@ class _TritonHead(torch.autograd.Function):
         saved = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in saved]
         inputs, constants = _arguments(*saved)
         T, V, device = hidden.shape[0], weight.shape[0], hidden.device
-        blocks, tiles = triton.cdiv(T, constants["BLOCK_T"]), triton.cdiv(V, constants["BLOCK_V"])
+        blocks, all_tiles = triton.cdiv(T, constants["BLOCK_T"]), triton.cdiv(V, constants["BLOCK_V"])
         processors = torch.cuda.get_device_properties(device).multi_processor_count if hidden.is_cuda else 4
-        share = triton.cdiv(tiles, _splits(blocks, tiles, processors))  # tiles of one split
-        splits = triton.cdiv(tiles, share)  # none of them empty
+        tiles = triton.cdiv(all_tiles, _splits(blocks, all_tiles, processors))  # of one split
+        splits = triton.cdiv(all_tiles, tiles)  # none of them empty
         partial = torch.empty(splits, 3 if hidden_ref is None else 6, T, dtype=torch.float32, device=device)
         # A target outside of [0, V) belongs to no program: its log p stays NaN, and the loss shows it.
         z_target = torch.full((T,), torch.nan, dtype=torch.float32, device=device)
         with torch.cuda.device_of(hidden):
             _forward_kernel[(blocks * splits,)](
-                *inputs, z_target, partial, T, V, splits, share, LOG2E / temperature, **constants
+                *inputs, z_target, partial, T, V, splits, tiles, LOG2E / temperature, **constants
             )
         m, log_s, entropy, *ref = _merge(partial, temperature)  # all (T,)
         logp = (z_target - m) / temperature - log_s  # ≤ 0: m is a maximum, z_target among the rest, and s ≥ 1
@@ -343,34 +340,23 @@ class _TritonHead(torch.autograd.Function):
         inputs, constants = _arguments(*saved)
         T, V, block = hidden.shape[0], weight.shape[0], constants["BLOCK_V"]
         upstream = torch.stack([grad_logp, grad_kl]) / ctx.temperature  # (2, T); the 1/τ of dh and dW
-        for_hidden, for_weight = ctx.needs_input_grad[:2]
-        grad_weight = torch.empty_like(weight) if for_weight else None
-        grad_hidden = torch.empty_like(hidden) if for_hidden else None
-        total = torch.zeros_like(hidden, dtype=torch.float32) if for_hidden else None
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None  # None: a frozen head
+        grad_hidden, total = torch.empty_like(hidden), torch.zeros_like(hidden, dtype=torch.float32)
         width = min(max(SLAB_BYTES // (max(T, 1) * hidden.itemsize) // block, 1), triton.cdiv(V, block)) * block
-        # zeros: where V ends inside a row of it, a CPU's matmul may multiply what lies behind by 0, and 0·NaN is NaN.
+        # zeros: the last slab is narrower than the buffer. A CPU's matmul may read past the end of its rows, and 0·NaN is NaN.
         buffer = torch.zeros(T, width, dtype=hidden.dtype, device=hidden.device)
-        for first in range(0, V, width):
-            slab = slice(first, min(first + width, V))
-            grad_z = buffer[:, : slab.stop - first]  # (T, entries of this slab)
+        for slab in _slices(V, width):
+            grad_z = buffer[:, : slab.stop - slab.start]  # (T, entries of this slab)
             grid = triton.cdiv(T, constants["BLOCK_T"]) * triton.cdiv(grad_z.shape[1], block)
             with torch.cuda.device_of(hidden):
                 _slab_kernel[(grid,)](
-                    *inputs, stats, upstream, grad_z, width, first, T, V, grad_z.shape[1], 1 / ctx.temperature,
+                    *inputs, stats, upstream, grad_z, width, slab.start, T, V, grad_z.shape[1], 1 / ctx.temperature,
                     **constants,
                 )  # fmt: skip
-            if for_weight:
+            if grad_weight is not None:
                 torch.mm(grad_z.T, hidden, out=grad_weight[slab])  # all tokens at once: summed in fp32, rounded once
-            if for_hidden:
-                total += torch.mm(grad_z, weight[slab], out=grad_hidden)  # grad_hidden is the scratch space until...
-        if for_hidden:
-            grad_hidden.copy_(total)  # ...here
-        return grad_hidden, grad_weight, None, None, None, None
-
-
-def _head(hidden: torch.Tensor) -> type[torch.autograd.Function]:
-    """Triton for CUDA tensors where it is installed, PyTorch elsewhere."""
-    return _TritonHead if hidden.is_cuda and triton is not None else _TorchHead
+            total += torch.mm(grad_z, weight[slab], out=grad_hidden)  # grad_hidden holds the part of one slab
+        return grad_hidden.copy_(total), grad_weight, None, None, None, None
 
 
 def token_logp(
@@ -381,8 +367,7 @@ def token_logp(
     hidden (T, D) and weight (V, D) of one floating dtype, targets (T,) int64 in [0, V), temperature > 0.
     Returns logp (T,) fp32 ≤ 0, with gradients to hidden and weight, and entropy (T,) fp32 without.
     """
-    logp, entropy, _ = _head(hidden).apply(hidden, weight, targets, temperature, None, None)
-    return logp, entropy
+    return token_logp_kl(hidden, weight, targets, None, None, temperature)[:2]
 
 
 def token_logp_kl(
@@ -391,10 +376,12 @@ def token_logp_kl(
     targets: torch.Tensor,
     hidden_ref: torch.Tensor | None,
     weight_ref: torch.Tensor | None,
+    temperature: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`token_logp` at temperature 1, and per token KL(p ‖ p_ref) over the whole vocabulary, in nats.
+    """`token_logp`, and per token KL(p ‖ p_ref) over the whole vocabulary at the same temperature, in nats.
 
     hidden_ref (T, D_ref) and weight_ref (V, D_ref) belong to the second model and get no gradient; None: kl is 0.
     Returns logp (T,), entropy (T,), kl (T,) ≥ 0, all fp32; logp and kl have gradients to hidden and weight.
     """
-    return _head(hidden).apply(hidden, weight, targets, 1.0, hidden_ref, weight_ref)
+    head = _TritonHead if hidden.is_cuda and triton is not None else _TorchHead
+    return head.apply(hidden, weight, targets, temperature, hidden_ref, weight_ref)

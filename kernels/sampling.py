@@ -66,8 +66,8 @@ def _choose_kernel(
     e = tl.exp2(z * scale)
     if GREEDY:
         place = tl.min(tl.where(z == 0, v, CHUNK), 0)
-    else:  # the first whose cumulative mass is above; if rounding leaves none, the last with any mass
-        above = tl.min(tl.where(tl.cumsum(e, 0) > rest, v, CHUNK), 0)
+    else:  # the first with any mass whose cumulative mass is above; if rounding leaves none, the last with any mass
+        above = tl.min(tl.where((tl.cumsum(e, 0) > rest) & (e > 0), v, CHUNK), 0)
         place = tl.minimum(above, tl.max(tl.where(e > 0, v, 0), 0))
     place = tl.minimum(place, V - 1 - chunk * CHUNK)  # NaN logits find no place: still a token of the vocabulary
     chosen = tl.sum(tl.where(v == place, z, 0.0), 0)

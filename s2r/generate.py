@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from kernels import triton
 from kernels.sampling import sample
 from s2r.model import Cache, Transformer
 
@@ -164,7 +165,8 @@ class _Rows:
     def step(self) -> list[int]:
         """Sample one token for every row, on a GPU several. Returns the slots whose row is now complete, ascending."""
         S = min((size for size in self.sizes if size >= len(self.jobs)), default=len(self.jobs))
-        advance = self._replay if self.token.is_cuda else self._advance
+        # Without Triton, attention asks the GPU for a length, and a CUDA graph cannot hold that.
+        advance = self._replay if self.token.is_cuda and triton is not None else self._advance
         for _ in range(self.steps_per_look):
             advance(S)
         return self.done[: len(self.jobs)].nonzero()[:, 0].tolist()
