@@ -138,10 +138,10 @@ def difference(before: dict, after: dict) -> tuple[float, str]:
 
 
 def difference_row(text: str, pairs: list[tuple[dict, dict]]) -> str:
-    """A line of a table of differences: the mean over the seeds, if there are several, and each seed's."""
+    """A line of a table of differences: each seed's, and the mean over the seeds if there are three or more."""
     found = [difference(*pair) for pair in pairs]
     cells = [f"{points:+.1f}{bracket}" for points, bracket in found]
-    if len(pairs) > 1:
+    if len(pairs) > 2:  # an interval over two says nothing
         cells.insert(0, "{:+.1f} ± {:.1f}".format(*interval([points for points, _ in found])))
     return f"| {text} | {' | '.join(cells)} |"
 
