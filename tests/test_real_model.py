@@ -159,14 +159,6 @@ def expected_rows(settings: str, seeds: list[int]) -> list[str]:
     return rows
 
 
-def expected_rows_of_the_trial() -> list[str]:
-    rows = []
-    for kind, what in (("", "greedy"), (".sampled", "sampled")):
-        for text, where, name in (("+ SFT, 3 epochs", "", "sft-plus"), ("+ process-level RL", "trial/", "rl-process-4")):
-            rows.append(model_row(f"{text}, {what}", [report(f"{where}seed-{seed}", name + kind) for seed in (0, 1)]))
-    return rows
-
-
 def expected_rows_of_seed_100() -> list[str]:
     models = {
         "warm": "warm-up, 4 epochs",
@@ -193,7 +185,6 @@ def rows(page: str, first: str, last: str) -> list[str]:
 
 def test_the_tables_of_the_pages_are_what_the_kept_reports_give():
     assert rows("real_model.md", "Result", "The checks") == expected_rows("third", [4, 5])
-    assert rows("real_settings.md", "Results with the first", "A trial") == expected_rows("first", [0, 1, 2])
-    assert rows("real_settings.md", "A trial", "Results with the second") == expected_rows_of_the_trial()
+    assert rows("real_settings.md", "Results with the first", "Results with the second") == expected_rows("first", [0, 1, 2])
     assert rows("real_settings.md", "Results with the second", "Trials for") == expected_rows("second", [3])
     assert rows("real_settings.md", "Trials for", "") == expected_rows_of_seed_100()
