@@ -100,8 +100,7 @@ def edit_weights(folder: Path, edit) -> None:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("old", [False, True], ids=["new", "old"])
-@pytest.mark.parametrize("shard", ["1GB", "9KB"], ids=["single", "sharded"])
+@pytest.mark.parametrize(("shard", "old"), [("1GB", False), ("9KB", True)], ids=["single, new", "sharded, old"])
 @torch.no_grad()
 def test_logits_equal_transformers(family, shard, old, tmp_path):
     """A pack of four sequences, one of a single token and one of 300, against each sequence alone."""
@@ -210,8 +209,7 @@ def test_from_pretrained_spreads_the_model_before_it_takes_memory(tmp_path):
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shard_bytes", [10**9, 9_000], ids=["single", "sharded"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("dtype", "shard_bytes"), [(torch.float32, 9_000), (torch.bfloat16, 10**9)], ids=str)
 @torch.no_grad()
 def test_save_pretrained_opens_in_transformers(family, dtype, shard_bytes, tmp_path, monkeypatch):
     monkeypatch.setattr(hf_weights, "SHARD_BYTES", shard_bytes)
