@@ -40,6 +40,7 @@ import torch.nn.functional as F
 
 from kernels import jit, tl, triton
 
+
 def attention_torch(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, prefix: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -110,8 +111,9 @@ def _attend(
     acc, m, total, q, k, v, stride_k, stride_v, low, high, seen, columns, scale,
     E: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over keys low … high. If MASKED, query i sees them up to seen[i], else all, and they fill BLOCK_Ks.
+    """Online softmax over keys low … high. If MASKED, query i sees them up to seen[i].
 
+    If not, it sees all of them, and their number is a multiple of BLOCK_K.
     acc (BLOCK_Q, BLOCK_E), m and total (BLOCK_Q,) are fp32.
     """
     for first in range(low, high, BLOCK_K):
@@ -250,7 +252,7 @@ def _grad_kv(
         do_tile = _load_tile(do, stride_do, rows, high, columns, E, True)
         lse_row = tl.load(lse + rows, mask=rows < high, other=0.0)
         delta_row = tl.load(delta + rows, mask=rows < high, other=0.0)
-        # p and ds are held transposed, (BLOCK_K, BLOCK_Q): so they are the left operands of the dots below as they are.
+        # p and ds are computed transposed, (BLOCK_K, BLOCK_Q): the dots below take them on the left like this.
         p = tl.exp2(tl.dot(k, tl.trans(q_tile), input_precision="tf32x3") * scale - lse_row[None, :])
         if MASKED:
             p = tl.where(rows[None, :] >= keys[:, None], p, 0.0)

@@ -88,7 +88,7 @@ def _merge_kernel(out, partial, lse, E: tl.constexpr, SPLITS: tl.constexpr, BLOC
 
 
 def _tiles(BLOCK_E: int, itemsize: int) -> dict[str, int]:
-    """Tile, warps and stages of `_decode_kernel`, which waits for memory: up to 64 KB of keys and values are on their way."""
+    """Tile, warps and stages of `_decode_kernel`, which waits for memory: up to 64 KB of keys and values in flight."""
     return {"BLOCK_K": min(64, 2**14 // (BLOCK_E * itemsize)), "num_warps": 4, "num_stages": 3}
 
 

@@ -343,7 +343,7 @@ class _TritonHead(torch.autograd.Function):
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None  # None: a frozen head
         grad_hidden, total = torch.empty_like(hidden), torch.zeros_like(hidden, dtype=torch.float32)
         width = min(max(SLAB_BYTES // (max(T, 1) * hidden.itemsize) // block, 1), triton.cdiv(V, block)) * block
-        # zeros: the last slab is narrower than the buffer. A CPU's matmul may read past the end of its rows, and 0·NaN is NaN.
+        # zeros: the last slab is narrower than the buffer, a CPU's matmul may read past the end of its rows, and 0·NaN is NaN.
         buffer = torch.zeros(T, width, dtype=hidden.dtype, device=hidden.device)
         for slab in _slices(V, width):
             grad_z = buffer[:, : slab.stop - slab.start]  # (T, entries of this slab)

@@ -150,7 +150,7 @@ class _Rows:
             self.jobs[slot : slot + 1] = [(i, j)]  # replaces the slot's job, or appends one
 
     def _prefill(self, indices: Iterable[int]) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-        """Keys and values of the first of the prompts with these indices, and of as many that follow as `prefill_tokens` allows."""
+        """Keys and values of the first of these prompts, and of as many that follow as `prefill_tokens` allows."""
         chosen, ids, borders = [], [], [0]
         for i in dict.fromkeys(indices):
             if chosen and len(ids) + len(self.prompts[i]) > self.prefill_tokens:

@@ -47,7 +47,8 @@ def sampled_accuracy(rewards: Sequence[tuple[str, float]]) -> dict[str, float]:
 def out_of_range(accuracy: float, low: float, high: float) -> str | None:
     """Why a problem of this sampled accuracy is left out, None if it is kept.
 
-    A problem that is always solved, or never, teaches nothing at the outcome level, where b̂ is its own mean reward.
+    At the outcome level a problem that is always solved, or never, teaches nothing but the KL term: each reward equals b̂
+    (offline not with --baseline context-only).
     """
     return "problem too hard" if accuracy < low else "problem too easy" if accuracy > high else None
 

@@ -141,6 +141,13 @@ def test_kernels_compile_within_the_limits_of_the_chips():
             assert row["matmul"].startswith("wgmma"), row
 
 
+def test_decode_tiles_fit_in_the_shared_memory_of_small_chips():
+    """Two buffers of keys and of values, within 64 of the 99 KB of sm_86, sm_89 and sm_120, and 16 rows for a dot."""
+    for E, itemsize in ((E, itemsize) for E in (16, 64, 128, 256) for itemsize in (2, 4)):
+        rows = decode._tiles(E, itemsize)["BLOCK_K"]
+        assert 16 <= rows and 4 * rows * E * itemsize <= 2**16
+
+
 def test_bench_without_a_gpu_ends_in_one_line():
     done = run("-m", "kernels.bench")
     assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: torch sees no GPU")

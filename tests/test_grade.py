@@ -183,6 +183,8 @@ x^2+2x+1                ✗  (x+1)(x-1)  x^2-2x+1  y^2+2y+1  x^2+2x  (x+1)^3
 p - q                   ✓  -q+p  -(q-p)  ✗  q-p  p+q  p
 x-z-y                   ✓  x-y-z  ✗  xyz  x-y+z
 1                       ✗  [1]
+(x+1)(x-1)              ✓  [x+1][x-1]
+\sin x \cos x            ✗  \sin x - \cos x  sin x - cos x
 2xy                     ✓  2yx  2 \cdot x \cdot y  x\times 2y  ✗  2x+y  2x^y  xy  2ab
 \frac{x^2-1}{x-1}       ✓  x+1  ✗  x-1
 \frac{2ab}{a^2+b^2}     ✓  \frac{2}{\frac{a}{b}+\frac{b}{a}}  ✗  \frac{ab}{a^2+b^2}

@@ -198,6 +198,12 @@ def test_refusal_of_every_room_is_one_line(name, words, tmp_path, monkeypatch, c
     assert exit.value.code == 2 and error.startswith("error: nowhere") and error.count("\n") == 1, error
 
 
+def test_every_command_starts_its_main():
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("s2r/**/*.py")]:
+        if "\ndef main(cfg: Config)" in (text := path.read_text(encoding="utf-8")):
+            assert re.search(r'^if __name__ == "__main__":\n    (flags\.)?start\(main, Config\)$', text, re.MULTILINE), path
+
+
 @pytest.mark.parametrize(("value", "named"), [
     ({"steps": -3}, "--steps -3"), ({"lr": float("inf")}, "--lr inf"), ({"lr": float("nan")}, "--lr nan"),
     ({"keep": 0}, "--keep 0")])

@@ -75,7 +75,7 @@ def test_estimate_agrees_with_peak(run, world, tmp_path):
 
 
 def test_parameters_are_counted():
-    for family in ({}, {"qkv_bias": True, "tied": False}, {"qk_norm": True}):
+    for family in ({}, {"qkv_bias": True, "tied": True}, {"qk_norm": True}):
         config = replace(SMALL, **family)
         assert memory.parameters(config)[0] == sum(p.numel() for p in Transformer(config).parameters())
 
@@ -149,8 +149,10 @@ def test_report_takes_settings_and_lengths_from_the_script(monkeypatch):
     rl.slots = 128  # 16 rollouts a step, 30 answers at once in an evaluation
     assert parts(rl, prompts=[[0] * 20] * 50, held_out=[[0]] * 30) == wanted(tokens=60, slots=30, capacity=60)
     assert parts(rl, prompts=[[0] * 20] * 50, held_out=[[0]] * 3) == wanted(tokens=60, slots=16, capacity=60)
+    longer = parts(rl, prompts=[[0] * 20] * 50, held_out=[[0] * 30] * 3)  # an evaluation makes no update longer
+    assert longer == wanted(tokens=60, slots=16, capacity=70)
     rl.beta, rl.offline = 0.0, "rollouts.jsonl"
-    rl.max_new_tokens = 400  # an evaluation makes no update longer
+    rl.max_new_tokens = 400
     assert parts(rl, sequences=[[0] * 100], held_out=[[0] * 20] * 3) == wanted(tokens=100, slots=3, capacity=420)
     assert parts(rl, sequences=[[0] * 100]) == wanted(tokens=100, slots=0, capacity=100)
 

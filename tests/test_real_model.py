@@ -65,7 +65,8 @@ def test_a_killed_run_goes_on_with_the_command_that_was_killed(run):
     _, whole = run(folder="whole")
     tables = sum("s2r.view.report" in words or "s2r.stage0.audit" in words for words in whole)  # printed each time
     last = len(whole) - tables
-    for at in [*range(1, last, 5), last]:
+    trained = [number for number, words in enumerate(whole, start=1) if words[0].startswith("train")]
+    for at in sorted({*range(1, last, 5), *trained, last}):
         status, before = run(kill_at=at, folder=f"{at}")
         again, after = run(folder=f"{at}")
         expected = json.loads(json.dumps(whole).replace("whole", f"{at}"))

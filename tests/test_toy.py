@@ -252,3 +252,8 @@ def test_every_command_of_a_plan_is_one_that_its_script_takes_and_finds_what_it_
         name, *argv = stage.command if stage.command[0] != "-m" else stage.command[1:]
         cfg = flags.from_command_line(import_module(name.removesuffix(".py")).Config, argv)
         assert cfg.seed == 3
+        if name == "train_sft.py":  # the settings of the toy: the scripts default to the paper's
+            assert (cfg.kl, cfg.lr, cfg.batch_size, cfg.warmup, cfg.max_length) == (0.01, 5e-4, 32, 5, 1024)
+        if name == "train_rl.py":
+            assert (cfg.problems, cfg.rollouts, cfg.updates, cfg.steps, cfg.warmup) == (64, 4, 1, 20, 5)
+            assert (cfg.temperature, cfg.beta, cfg.epsilon, cfg.lr, cfg.max_new_tokens) == (0.7, 0.01, 0.2, 1e-4, 480)

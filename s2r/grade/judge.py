@@ -2,10 +2,12 @@ r"""V_golden, the judge of every solve: is the boxed answer the gold answer?
 
     "… so \boxed{\frac{2}{4}}."  --extract_answer-->  r"\frac{2}{4}"  --equivalent(·, "0.5")-->  True
 
-`equivalent` tries, cheapest first: equal text, Python literal, choice letter, word, time of day, mathematics as `latex.py` reads it. Its
-time is bounded: a text has at most MAX_CHARS characters and four readings. What cannot be read is wrong, never an error.
+`equivalent` tries, cheapest first: equal text, Python literal (where gold is one), choice letter, word, time of day,
+mathematics as `latex.py` reads it. Its time is bounded: a text has at most MAX_CHARS characters and four readings. What
+cannot be read is wrong, never an error.
 
-An answer has one meaning. Where it is ambiguous, gold decides; the answer never decides how gold is read. Where graders differ:
+An answer has one meaning. Where it is ambiguous, gold decides; the answer never decides how gold is read. Where graders
+differ:
 - 10% is 0.1 for a gold in (0, 1], else 10; 90° is 90 for a rational gold, else π/2; and 0.1 and 10 are a gold of 10%.
 - Decimals are exact: 0.5 is 1/2, 0.33 is not 1/3. A value that no decimal can write (1/3, √2, π) equals a decimal
   of DECIMAL_DIGITS significant digits or more if that is the value, rounded to its last place: 0.333333 is 1/3.
@@ -17,7 +19,7 @@ An answer has one meaning. Where it is ambiguous, gold decides; the answer never
 - x = 5 and f(2) = 5 are 5; y = 2x is 2x - y = 0; x = 1, y = 2 is (1,2); x > 3 and x \in (3,\infty) are (3,\infty).
 - a = b = c ≈ d is c: the last exact member counts. x^2+2x+1 is (x+1)^2, \log is \ln, a is not A.
 
-Answer and gold may change places, but for percent and degree signs, bases, thousands and choices.
+Answer and gold may change places, but for percent and degree signs, bases, thousands, choices and Python literals.
 """
 
 import ast
@@ -73,7 +75,8 @@ _CHOICE = re.compile(  # (C), with or without the option's text, in which every 
     r"\s*(?:\\[a-z]+\s*\{)?(?:(?:[Oo]ption|[Cc]hoice)\s+)?(?:\\[a-z]+\s*\{)?\s*\(?([A-Z])(?:[.:)]{0,2}\s*\}?|"
     r"[.:)]{1,2}\s*\}?((?:\\?\s|~|\\[,;:]|\\q?quad\b)(?:(?![A-Z](?![a-z])).)*))\s*",
     re.DOTALL)
-_CODE = re.compile(r"""(?:^|[\[({,:]\s*)(['"]).*\1|^\s*\{[^{}]+:.*\}\s*$|^\s*[\[({][\s,\[\](){}]*$|^\s*\[[^,;]*\]\s*$""", re.DOTALL)
+_CODE = re.compile(
+    r"""(?:^|[\[({,:]\s*)(['"]).*\1|^\s*\{[^{}]+:.*\}\s*$|^\s*[\[({][\s,\[\](){}]*$|^\s*\[[^\[\],;]*\]\s*$""", re.DOTALL)
 _DECIDING = re.compile(  # words that answer and gold must share
     r"\b((?i:at\s+(?:least|most)|(?:more|less|fewer|greater|smaller|larger)\s+than|or\s+(?:more|less|fewer|greater)|not|"
     r"none|never|minus|negative|squared|cubed|factorial|hal(?:f|ves)|tenths|below|odd|even|(?:north|south)(?:east|west)?|east|west)|"
@@ -83,7 +86,8 @@ _SIGNS = str.maketrans("±∓", "+-"), str.maketrans("±∓", "-+")
 _SPACE = re.compile(r"\s(?![\d.,])|(?<![\d.,])\s")  # all but that within numbers and lists of numbers
 _THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)")
 _TIME = re.compile(r'(\d{1,2}):([0-5]\d)(?::([0-5]\d))?(?:\s*"([ap])m")?|(\d{1,2})\s*"([ap])m"')
-_WORDS = re.compile(r"(?=(?:[^A-Za-z]*[A-Za-z]){3})[A-Za-z](?:[A-Za-z\s.']|(?<=[A-Za-z]{3})-(?=[A-Za-z]{3}))*")  # x-y is none
+_WORDS = re.compile(  # x-y is none
+    r"(?=(?:[^A-Za-z]*[A-Za-z]){3})[A-Za-z](?:[A-Za-z\s.']|(?<=[A-Za-z]{3})-(?=[A-Za-z]{3}))*")
 
 
 @lru_cache(maxsize=1 << 16)
@@ -105,7 +109,7 @@ def _equivalent(answer: str, gold: str) -> bool:
     if said != wanted or side and other and side != other:
         return False
     if _WORDS.fullmatch(a) and _WORDS.fullmatch(g):  # as products of letters, abc would be bca
-        return re.sub(r"\W", "", a).lower() == re.sub(r"\W", "", g).lower()
+        return re.sub(r"[^\w-]", "", a).lower() == re.sub(r"[^\w-]", "", g).lower()
     times = _TIME.fullmatch(answer), _TIME.fullmatch(gold)
     if all(times):
         same = {(int(t[1] or t[5]), int(t[2] or 0), int(t[3] or 0)) for t in times}

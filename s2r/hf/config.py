@@ -85,7 +85,7 @@ class ModelConfig:
             raise ValueError(f"{path}: head_dim {E} is odd, and rotary positions need pairs; {AGAIN}")
         scaling = {name: number(name, kind="number") for name in LLAMA3 if rope_type == "llama3"}
         context = number("max_position_embeddings", cls.max_positions)
-        window = number("sliding_window", context) if family == "mistral" else context  # no longer: no window is needed
+        window = number("sliding_window", context) if family == "mistral" else context  # a context within it needs none
         return cls(
             vocab_size=number("vocab_size"), hidden_size=D, intermediate_size=number("intermediate_size"),
             num_layers=number("num_hidden_layers"), num_heads=H, num_kv_heads=G, head_dim=E,

@@ -77,10 +77,6 @@ class Run:
             raise FileExistsError(f"{self.folder} holds {what}; take another --out")
         if max(there, default=0) >= steps:
             return  # nothing to do; run.json still says what made the run
-        if cfg.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(self.folder, purge_step=max(there, default=0) + 1)  # --resume repeats steps
         status, commit = subprocess.getstatusoutput(f"git -C {shlex.quote(str(ROOT))} rev-parse HEAD")
         now |= {"command": shlex.join(sys.argv), "commit": "unknown" if status else commit, "torch": torch.__version__}
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -202,6 +198,10 @@ class Run:
                 rows = [row for row in log.read_bytes().splitlines(keepends=True) if row.endswith(b"\n")]  # none torn
                 kept = [row for row in rows if step and json.loads(row)["step"] <= step]  # without a checkpoint none
                 os.truncate(log, sum(map(len, kept)))
+            if self.cfg.tensorboard and step < self.steps:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.writer = SummaryWriter(self.folder, purge_step=step + 1)
             if step >= self.steps:
                 print(f"{self.folder}: {step} steps are done, the settings ask for {self.steps}; nothing to do")
         return step

@@ -76,7 +76,7 @@ def start(main: Callable, config: type) -> None:
     """Run `main` on its flags. An error about the user's input is printed as one line, without a traceback, status 2.
 
     Such an error is a ValueError raised in this repository, an OSError from anywhere, which names the file, or a
-    package that is not installed. Out of memory is one line too, with the flags that lower it.
+    package that is not installed. Out of memory is one line too, with the flags that reduce memory.
     """
     status = 0
     try:

@@ -125,7 +125,7 @@ class Sampler:
         self.copy: Transformer | None = None
 
     def __call__(self, problems: Sequence[Problem], *, n: int, temperature: float, step: int = 0) -> list[Trajectory]:
-        """n responses to each problem, judged; every rank gets all, problem by problem. `step` chooses the random numbers."""
+        """n judged responses to each problem, on every rank, problem by problem; `step` chooses the random numbers."""
         if self.copy is None:
             alone = self.ranks.size == 1 and self.model.embed.dtype == self.model.dtype
             self.copy = self.model if alone else Transformer(self.model.config, self.model.dtype, self.ranks.device)

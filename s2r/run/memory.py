@@ -96,9 +96,11 @@ def report(
     """
     rl, c = hasattr(cfg, "rollouts"), model.config
     batch = cfg.problems * cfg.rollouts if rl else cfg.batch_size
-    # A row of the cache, and a sequence of an update, at most; slots is 0 where nothing is sampled.
-    capacity = min(max(map(len, [*prompts, *held_out]), default=0) + cfg.max_new_tokens, c.max_positions)
-    longest = capacity if prompts else max(map(len, sequences), default=0)
+    # Of a row of the cache, and of a sequence in an update; slots is 0 where nothing is sampled.
+    capacity, sampled = (
+        min(max(map(len, asked), default=0) + cfg.max_new_tokens, c.max_positions) for asked in ([*prompts, *held_out], prompts)
+    )
+    longest = sampled if prompts else max(map(len, sequences), default=0)
     slots = min(cfg.slots, math.ceil(max(len(held_out), batch if prompts else 0) / ranks.size))
     largest = math.ceil(cfg.problems / cfg.updates) * cfg.rollouts if rl else batch  # sequences of an optimizer step
     rows = math.ceil(largest / ranks.size)

@@ -1,6 +1,6 @@
 """Several processes, one per GPU: who does what, and how parameters are spread (torchrun, FSDP2).
 
-    torchrun --nproc-per-node 8 train_rl.py …             the same flags as without; `--nnodes` for more machines
+    torchrun --nproc-per-node 8 -- train_rl.py …          the same flags as without; `--nnodes` for more machines
 
 Every rank knows the whole step: the batch, and once sampled all its rollouts. It samples for its part of the problems
 and learns from its part of the tokens. Denominators are those of the whole step, so the number of ranks changes the

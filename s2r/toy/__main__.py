@@ -30,8 +30,8 @@ MODELS = ("base", "sft", "sft-plus", "rl-outcome", "rl-process")
 def evaluation(model: str) -> tuple[str, str, str]:
     """The stage that evaluates a model on F/test.jsonl: makes its report MODEL.json, rollouts in MODEL.test.jsonl."""
     folder, need = (BASE, "train.jsonl") if model == "base" else (f"F/{model}", model)
-    command = f"sample.py --device cpu --model {folder} --data F/test.jsonl --out F/{model}.test.jsonl --report F/{model}.json"
-    return f"{model}.json", need, f"{command} --temperature 0 --max-new-tokens {LONGEST}"
+    command = f"sample.py --device cpu --model {folder} --data F/test.jsonl --out F/{model}.test.jsonl"
+    return f"{model}.json", need, f"{command} --report F/{model}.json --temperature 0 --max-new-tokens {LONGEST}"
 
 
 PLAN: Plan = (

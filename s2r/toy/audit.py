@@ -3,7 +3,7 @@
     python -m s2r.toy.audit ROLLOUTS.jsonl …
 
 It has to add up the numbers of the puzzle with the signs of the answer just given, every sum and the comparison with the
-target have to be true, and the verdict has to follow.
+target have to be true, and the verdict has to follow. A check in other words is not sound either.
 """
 
 import re

@@ -25,11 +25,12 @@ PAGE = """\
 # The paper's findings in the toy world
 
 Which of the paper's qualitative findings hold in the toy world? Every number is mean ± half the width of the
-95 % interval over {seeds} seeds (t distribution). Each row is a difference that its claim makes positive. It holds
+95 % interval over {seeds} seeds (t distribution). Each row is a difference, positive if its claim is true. It holds
 if its interval lies above zero, fails if its interval lies below, and is undecided otherwise. The last column counts
 seeds whose gain or loss is significant by itself: McNemar's test on the same 1,000 problems, p < 0.05, two-sided.
-One base model serves all seeds, so the intervals leave its variation out. Of so many intervals about one misses its
-true value by chance. Offline RL has the settings of online RL, not its own, and no KL.
+One base model serves all seeds, so the intervals leave its variation out. Of {findings} intervals about one can be
+expected to miss its true value by chance. Offline RL uses the settings of online RL; none were chosen for it. It has no
+KL term.
 
 The paper's numbers are those of Qwen2.5-Math-7B on MATH500. Fractions are in per cent. `s2r/metrics.py` explains the
 columns; `sound` is the fraction of true verdicts whose check is right for the right reason (`s2r/toy/audit.py`),
@@ -60,7 +61,8 @@ FINDINGS = (
     ("control: outcome RL beats base samples with a perfect checker, equal tokens", "–", "accuracy", "rl-outcome",
      "base-checked"),
     ("masked SFT beats unmasked: accuracy", "–", "accuracy", "sft", "sft-unmasked"),
-    ("more trials on harder problems, after outcome RL: with five gaps less with two", "1.05 → 2.15", "harder", "rl-outcome", ""),
+    ("more trials on harder problems, after outcome RL: with five gaps less with two", "1.05 → 2.15", "harder", "rl-outcome",
+     ""),
     ("outcome RL raises ICR", "6.5 → 13.6", "icr", "rl-outcome", "sft"),
     ("process RL raises ICR", "6.5 → 12.2", "icr", "rl-process", "sft"),
     ("outcome RL lowers CIR (drop)", "2.0 → 1.0", "cir", "sft", "rl-outcome"),
@@ -198,7 +200,7 @@ def page(seeds: list[dict[str, dict]]) -> str:
         up, down = (sum(p < 0.05 and sign * (gained - lost) > 0 for gained, lost, p in tests) for sign in (1, -1))
         findings.append([claim, paper, f"{middle:+.2f} ± {half:.2f}", holds, f"{up} up, {down} down" if tests else ""])
     commits = ", ".join(sorted({report["commit"][:7] for r in seeds for report in r.values()}))
-    parts = [PAGE.format(seeds=len(seeds), commits=commits) + "\n" + grid(findings)]
+    parts = [PAGE.format(seeds=len(seeds), commits=commits, findings=len(findings) - 1) + "\n" + grid(findings)]
     for text, models, names in TABLES:
         lines = [["", *names.split()]]
         for model in filter(made.__contains__, models):

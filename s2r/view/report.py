@@ -68,7 +68,7 @@ def main(cfg: Config) -> None:
 
 
 def _paired(before: dict, after: dict) -> str | None:
-    """The difference of two reports, problem by problem; None unless both have the same data file and number of responses."""
+    """The difference of two reports, problem by problem; None unless data file and number of responses are equal."""
     x, y = before.get("right"), after.get("right")
     same = all(before.get(key) == after.get(key) for key in ("data", "responses"))
     if not same or not x or not y or len(x) != len(y) or len(y) < 2:
