@@ -64,6 +64,7 @@ def test_train_sft_learns_and_writes_a_run_folder(world):
     assert set(digest(out)) == model | {"run.json", "log.jsonl"} | {f"step-24/{name}" for name in (*model, "state.pt")}
     settings = asdict(train_sft.Config(model=world.base, data=world.trajectories, out=world.sft, epochs=12, **SFT))
     settings["data_sha256"] = hashlib.sha256(Path(world.trajectories).read_bytes()).hexdigest()
+    settings["dtype"] = "float32"  # what auto means here
     settings["weights_changed"] = Path(world.base, "model.safetensors").stat().st_mtime
     written = json.loads((out / "run.json").read_text())
     made = {name: written.pop(name) for name in ("command", "commit", "torch")}
