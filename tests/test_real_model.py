@@ -99,6 +99,7 @@ EPOCHS = {  # by settings
 DIFFERENCES = {
     "SFT against its own first attempts": ("sft", "sft"),
     "SFT against more warm-up": ("warm-plus", "sft"),
+    "more SFT against SFT": ("sft", "sft-plus"),
     "outcome level against SFT": ("sft", "rl-outcome"),
     "outcome level against more SFT": ("sft-plus", "rl-outcome"),
     "outcome level against more warm-up": ("warm-plus", "rl-outcome"),
