@@ -61,7 +61,7 @@ FINDINGS = (
     ("control: outcome RL beats base samples with a perfect checker, equal tokens", "–", "accuracy", "rl-outcome",
      "base-checked"),
     ("masked SFT beats unmasked: accuracy", "–", "accuracy", "sft", "sft-unmasked"),
-    ("more trials on harder problems, after outcome RL: with five gaps less with two", "1.05 → 2.15", "harder", "rl-outcome",
+    ("more trials on harder problems, after outcome RL: five gaps minus two gaps", "1.05 → 2.15", "harder", "rl-outcome",
      ""),
     ("outcome RL raises ICR", "6.5 → 13.6", "icr", "rl-outcome", "sft"),
     ("process RL raises ICR", "6.5 → 12.2", "icr", "rl-process", "sft"),
