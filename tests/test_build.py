@@ -113,6 +113,13 @@ def test_build_of_wrong_samples_of_which_none_is_usable_gives_nothing(wrong, che
     assert steps is None and counts["problem: has wrong samples, none with an answer and a true check"] == 1
 
 
+def test_build_takes_no_check_of_another_answer_that_is_only_close():
+    """2,1 is 1,2 in any order, and 1,2 is (1,2). The check of 2,1 that calls it right is untrue, also beside 1,2."""
+    checks = [("2,1", RIGHT), ("2,1", WRONG)]
+    steps, counts = build("2,1", *["1,2"] * 4, checks=checks, answer="(1,2)")
+    assert steps is None and counts["verification: none of this answer"] == 1
+
+
 @pytest.mark.parametrize("verification, why", [
     (f"4*34=136. {RIGHT}", None),
     (rf"136/4=\boxed{{34}}. {RIGHT}", None),  # a check that boxes an answer: nobody reads it

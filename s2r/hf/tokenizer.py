@@ -94,7 +94,6 @@ class Tokenizer:
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
         self._added = {id: token.content for id, token in self._backend.get_added_tokens_decoder().items()}
         self._byte_of_char = _byte_of_char() if "ByteLevel" in repr(self._backend.decoder) else {}
-        self._adds_space = self.decode(self._ids("a")).startswith(" ")
 
         names = ("special_tokens_map.json", "tokenizer_config.json", "generation_config.json", "config.json")
         files = {name: read_json(self.folder / name) for name in names if (self.folder / name).exists()}
@@ -117,11 +116,11 @@ class Tokenizer:
         return cls(folder)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text: nothing is added, and special-token strings stay text (module docstring)."""
-        # SentencePiece vocabularies put a space before what they take for the start of a text; an action is not one.
-        opening = "\n" if self._adds_space else ""
-        skip, ids = self._ids(opening, special=False), self._ids(opening + text, special=False)
-        return ids[len(skip) :] if ids[: len(skip)] == skip else self._ids(text, special=False)
+        """Ids of a response: no token is added, and special-token strings stay text (module docstring).
+
+        SentencePiece vocabularies put a space before the first word, as Mistral's template does before a reply.
+        """
+        return self._ids(text, special=False)
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids, special tokens spelled out; bytes that are not UTF-8 become U+FFFD."""

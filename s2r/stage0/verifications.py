@@ -100,9 +100,11 @@ def wanted(rows: Sequence[dict]) -> list[dict]:
     found = []
     for unique_id, samples in by_problem(rows).items():
         answers = [answer for row in samples if (answer := usable_answer(row)) is not None]
-        if any(equivalent(answer, samples[0]["answer"]) for answer in answers):
+        right = [answer for answer in answers if equivalent(answer, samples[0]["answer"])]
+        wrong = [answer for answer in answers if answer not in right]
+        if right:
             row = {"unique_id": unique_id, "problem": samples[0]["problem"]}
-            found += [row | {"answer": answers[i]} for i in distinct(answers)]
+            found += [row | {"answer": part[i]} for part in (right, wrong) for i in distinct(part)]
     return found
 
 

@@ -146,7 +146,9 @@ def voted(rows: list[dict], tokens: float) -> dict[str, dict]:
     length = mean(len(row["ids"]) for row in rows)
     k = min(int(tokens / length), *map(len, problems.values()))
     first = [samples[:k] for samples in problems.values()]
-    most = [Counter(row).most_common(1)[0][0][1] for row in first]  # a tie goes to the earlier answer
+    # A tie goes to the earlier answer; a sample without one has no vote.
+    given = [Counter(sample for sample in row if sample[0] is not None).most_common(1) for row in first]
+    most = [bool(row) and row[0][0][1] for row in given]
     found = zip(VOTES, (most, [any(right for _, right in row) for row in first]))
     return {name: {"accuracy": mean(r), "right": "".join("01"[x] for x in r), "tokens": k * length, "k": k}
             for name, r in found}  # fmt: skip
