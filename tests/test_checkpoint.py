@@ -116,6 +116,20 @@ def test_run_resumes_in_the_dtype_that_it_began_with(cfg, saved):
         checkpoint.Run(replace(cfg, resume=True), ALONE, torch.bfloat16, data=f"{cfg.model}/config.json", steps=cfg.steps)
 
 
+def test_run_refuses_machines_with_different_copies(cfg, base, tmp_path, monkeypatch):
+    """Of the data, or of weights of equal size: without a check each machine would learn from its own."""
+    shutil.copytree(base, other := tmp_path / "other")
+    weights = bytearray((other / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (other / "model.safetensors").write_bytes(weights)
+    data = [base / "config.json", base / "tokenizer.json"]
+    for copy in ((data[1], base), (data[0], other)):
+        monkeypatch.setattr(ALONE, "gather", lambda mine, copy=copy: [*mine, checkpoint._digests(*copy)])
+        with pytest.raises(ValueError, match="different copies"):
+            take_up(cfg)
+    assert not (tmp_path / "run").exists()
+
+
 def test_run_does_not_write_over_a_model(cfg, base):
     """--out that is --model, or any other model folder: its weights would be lost at the first checkpoint."""
     before = digest(base)

@@ -46,12 +46,16 @@ class Run:
         """Make `cfg.out`, or with `cfg.resume` continue the run in it; `data` is the file that is learnt from.
 
         Raises FileExistsError when the folder holds a model, a run (without --resume), or a run without its checkpoints,
-        and ValueError when the run to resume had other settings or other data. `dtype` is what --dtype auto has become.
+        and ValueError when the run to resume had other settings or other data, or when the ranks see different copies of
+        data or model. `dtype` is what --dtype auto has become.
         """
         self.cfg, self.ranks, self.steps, self.folder = cfg, ranks, steps, Path(cfg.out)
         self.saved = 0  # step of the newest checkpoint
         self.pace = None  # (time, step) at the first log row of this process
         self.writer = None  # of --tensorboard
+        copies = ranks.gather([_digests(data, cfg.model)])
+        if any(copy != copies[0] for copy in copies):
+            raise ValueError(f"the machines have different copies of {data} or {cfg.model}; copy one to all of them")
         if not ranks.first:
             return
         file = self.folder / "run.json"
@@ -60,7 +64,7 @@ class Run:
         before = json.loads(file.read_text()) if file.exists() else {}
         now = {name: value for name, value in dataclasses.asdict(cfg).items() if name != "resume"}
         now["dtype"] = str(dtype).removeprefix("torch.")
-        now["data_sha256"] = hashlib.sha256(Path(data).read_bytes()).hexdigest()
+        now["data_sha256"] = copies[0][0]
         now["weights_changed"] = max(file.stat().st_mtime for file in Path(cfg.model).glob("*.safetensors"))
         for name, value in before.items():
             if name == "data_sha256" and value != now[name]:
@@ -94,10 +98,11 @@ class Run:
         self.add("log.jsonl", row, f"step {step}/{self.steps}, {left} left")
 
     def evaluated(self, step: int) -> bool:
-        """Whether eval.jsonl has a row of this step. All ranks call this together, and hear the same."""
+        """Whether eval.jsonl has a row of this step and --eval-data. All ranks call this together, and hear the same."""
         file, found = self.folder / "eval.jsonl", False
         if self.ranks.first and file.exists():
-            found = any(json.loads(row)["step"] == step for row in file.read_text().splitlines())
+            rows = map(json.loads, file.read_text().splitlines())
+            found = any((row["step"], row["data"]) == (step, self.cfg.eval_data) for row in rows)
         return self.ranks.sum([found])[0] > 0
 
     def add(self, name: str, row: dict, title: str) -> None:
@@ -138,6 +143,7 @@ class Run:
         weights, moments = dcp.get_state_dict(model, optimizer, options=options)  # gathered: all ranks take part
         if self.ranks.first:
             self._write_checkpoint(model, {"step": step, "model": weights, "optimizer": moments})
+        self.ranks.sum([0.0])  # all wait here, in the group that waits for hours, and not in one of FSDP's, for minutes
         self.saved = step
 
     def _write_checkpoint(self, model: Transformer, state: dict) -> None:
@@ -251,6 +257,15 @@ class Run:
                 except OSError:  # not every file system has hard links
                     shutil.copy2(file, partial)  # with its time, by which others know that it has not changed
         sync(self.folder)
+
+
+def _digests(data: str, model: str) -> tuple[str, ...]:
+    """SHA-256 of the data, and of the first MiB of each file of weights: enough to tell copies from one another."""
+    heads = []
+    for file in sorted(Path(model).glob("*.safetensors")):
+        with file.open("rb") as weights:
+            heads.append(weights.read(2**20))
+    return tuple(hashlib.sha256(content).hexdigest() for content in (Path(data).read_bytes(), *heads))
 
 
 def to_host(state: dict, kept: dict) -> None:

@@ -39,8 +39,10 @@ class Ranks:
         self.device, self.first = device, self.rank == 0  # first: writes and prints for all
         if self.size > 1 and not dist.is_initialized():
             # Ranks wait for the one with the longest rollouts, and for the first while it saves. If a rank dies, torchrun
-            # ends the others; this time-out is not for that.
+            # ends the others of its machine; those of another machine may wait this long.
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+        if len(set(self.gather([local]))) > 1:
+            raise ValueError(f"{local} processes here, and another number elsewhere: start as many on each machine")
 
     def shard(self, model: Transformer) -> None:
         """Spread the model's parameters over the ranks; they are gathered block by block when it runs forward."""
