@@ -102,7 +102,7 @@ class Run:
         file, found = self.folder / "eval.jsonl", False
         if self.ranks.first and file.exists():
             rows = map(json.loads, file.read_text().splitlines())
-            found = any((row["step"], row["data"]) == (step, self.cfg.eval_data) for row in rows)
+            found = any((row["step"], row.get("data")) == (step, self.cfg.eval_data) for row in rows)
         return self.ranks.sum([found])[0] > 0
 
     def add(self, name: str, row: dict, title: str) -> None:
