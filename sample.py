@@ -92,8 +92,7 @@ def check_settings(cfg: Config) -> None:
     if bool(cfg.data) == bool(cfg.ask):
         raise ValueError(f"give --data, a problem file, or --ask, one problem, and not both; {flags.TOY}")
     if cfg.ask and (cfg.report or ((cfg.out or cfg.html) and not cfg.answer)):
-        what = "--out and --html judge, so they need --answer; --report is of a data set, so leave it out"
-        raise ValueError(f"--ask: {what}")
+        raise ValueError("--ask: --out and --html judge and need --answer; --report is of a data set, leave it out")
     if cfg.data and cfg.answer:
         raise ValueError("--answer belongs to --ask; the problem file of --data has its own")
     if cfg.out and cfg.data and os.path.realpath(cfg.out) == os.path.realpath(cfg.data):

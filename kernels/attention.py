@@ -373,6 +373,5 @@ def attention(
     prefix (S,) int64: for each sequence the one that it continues, or itself. One that is continued has at least one
     token, continues none itself, and is followed at once by those that continue it.
     """
-    on_triton = q.is_cuda and triton is not None
-    attend = _Attention.apply if on_triton else attention_torch
+    attend = _Attention.apply if q.is_cuda and triton is not None else attention_torch
     return attend(q, k, v, cu_seqlens, prefix)

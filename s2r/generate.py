@@ -52,8 +52,7 @@ def generate(
     `prefill_tokens`, the prompt tokens run through the model at a time, change memory and speed alone. As soon as
     `stop()` is true, sampling ends with the rollouts that are complete. `known` rollouts, of an aborted run, are not
     sampled again; `each` gets a new one as it ends. Returns the rollouts in order: prompt 0 sample 0, prompt 0 sample 1,
-    … Raises ValueError for an empty prompt or one that leaves no room in the model's context, and for settings that make
-    no sense.
+    … Raises ValueError for settings that make no sense, an empty prompt, or one that leaves no room in the context.
     """
     assert model.embed.dtype == model.dtype, "sample from a copy in the compute dtype, not from master weights"
     if max_new_tokens < 1 or not temperature >= 0 or slots < 1 or n < 1:
@@ -124,10 +123,7 @@ class _Rows:
         self.produced = torch.zeros(slots, dtype=torch.int64, device=device)  # tokens sampled so far
         self.done = torch.ones(slots, dtype=torch.bool, device=device)  # has stopped, or holds no job
         self.steps_per_look, ratio = pace(device)
-        self.sizes = []  # allowed batch sizes, falling; none: any
-        while ratio > 1 and slots:
-            self.sizes.append(slots)
-            slots //= ratio
+        self.sizes = [slots // ratio**i for i in range(20) if slots // ratio**i] if ratio > 1 else []  # of a batch; none: any
         self.graphs: dict[int, torch.cuda.CUDAGraph | None] = {}  # batch size → its step; None: has run once
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None  # they run one at a time
 

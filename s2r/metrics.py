@@ -108,10 +108,8 @@ def at_k(trajectories: Sequence) -> dict:
     if n > 1:
         ks = sorted({2**i for i in range(n.bit_length())} | {n})
         found["pass_at_k"] = {str(k): _mean([1 - comb(n - count, k) / comb(n, k) for count in right]) for k in ks}
-        found["maj_at_k"] = {}
-        for k in ks:
-            votes = [majority(row[:k]) for row in last]
-            found["maj_at_k"][str(k)] = _mean([bool(vote and vote.correct) for vote in votes])
+        votes = {k: [majority(row[:k]) for row in last] for k in ks}
+        found["maj_at_k"] = {str(k): _mean([bool(vote and vote.correct) for vote in votes[k]]) for k in ks}
     return found
 
 

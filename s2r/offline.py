@@ -47,8 +47,7 @@ def sampled_accuracy(rewards: Sequence[tuple[str, float]]) -> dict[str, float]:
 def out_of_range(accuracy: float, low: float, high: float) -> str | None:
     """Why a problem of this sampled accuracy is left out, None if it is kept.
 
-    At the outcome level a problem that is always solved, or never, teaches nothing but the KL term: each reward equals b̂
-    (offline not with --baseline context-only).
+    At the outcome level, and with b̂ by accuracy, a problem that is always solved, or never, teaches only the KL term.
     """
     return "problem too hard" if accuracy < low else "problem too easy" if accuracy > high else None
 
@@ -108,8 +107,7 @@ def offline_baseline(rewards: Sequence[Sequence[float]], accuracy: Sequence[floa
 def offline_credit(trajectories: Sequence, level: str, accuracy: Sequence[float], by: str) -> list[Credit]:
     """Credit within a whole recorded set; `accuracy` and `by` as `offline_baseline` takes them."""
     lengths, reward = span_rewards(trajectories, level)
-    baseline = offline_baseline(reward, accuracy, by)
-    return [Credit(n, r, b) for n, r, b in zip(lengths, reward, baseline)]
+    return [Credit(n, r, b) for n, r, b in zip(lengths, reward, offline_baseline(reward, accuracy, by))]
 
 
 @torch.no_grad()

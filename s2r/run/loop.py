@@ -147,7 +147,8 @@ class Sampler:
         if self.held_out and step % self.cfg.eval_every == 0 and not run.evaluated(step):
             greedy = self(self.held_out, n=1, temperature=0.0)
             if not self.stop.agreed():  # else some are missing
-                run.add("eval.jsonl", {"step": step, "data": self.cfg.eval_data} | summarize(greedy), f"evaluation after step {step}")
+                row = {"step": step, "data": self.cfg.eval_data} | summarize(greedy)
+                run.add("eval.jsonl", row, f"evaluation after step {step}")
 
 
 class Clock:

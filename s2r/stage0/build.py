@@ -110,8 +110,8 @@ def build(
     def trial(text: str, answer: str, truth: str) -> list[dict] | None:
         """The solve and the first true verification of its answer, as steps; None if there is none."""
         # `equivalent` is not transitive: 2,1 is 1,2, which is (1,2), which 2,1 is not.
-        same = [check for check in checks if equivalent(check[0], answer) and equivalent(check[0], gold) == (truth == "correct")]
-        found = [verification for _, verification in same]
+        same_side = [check for check in checks if equivalent(check[0], gold) == (truth == "correct")]
+        found = [verification for other, verification in same_side if equivalent(other, answer)]
         true = [verification for verification in found if parse_verdict(verification) == truth]
         counts["verification: none of this answer"] += not found
         counts["verification: its verdict does not match the truth, or there is none"] += len(found) - len(true)

@@ -126,7 +126,8 @@ def extended(report: dict, rows: list[dict]) -> dict:
     """
     solves = [[action["reward"] > 0 for action in row["actions"] if action["kind"] == "solve"] for row in rows]
     for right, row in zip(solves, rows):
-        right[-1:] = [row["reward"] > 0] * bool(right)  # R_o: the R_a of a right solve is −1 where the limit cut it off
+        if right:
+            right[-1] = row["reward"] > 0  # R_o: the R_a of a right solve is −1 where the limit cut it off
     after = {str(k): mean(bool(row) and row[min(k, len(row)) - 1] for row in solves) for k in (1, 2, 4, 8)}
     unchecked = [len(row["actions"]) == 1 for row, right in zip(rows, solves) if right[:1] == [True]]
     faults = mark(rows, fault)
