@@ -93,7 +93,7 @@ class Credit:
 
 
 def span_rewards(trajectories: Sequence, level: str) -> tuple[list[list[int]], list[list[float]]]:
-    """Lengths in tokens and rewards of the spans of each `Trajectory` (s2r/rollouts.py): itself, or its actions (process)."""
+    """Lengths in tokens and rewards of the spans of a `Trajectory` (s2r/rollouts.py): itself, or its actions."""
     if level == "outcome":
         return [[len(t.ids)] for t in trajectories], [[outcome_reward(t.actions)] for t in trajectories]
     lengths = [[action.end - action.start for action in t.actions] for t in trajectories]
