@@ -18,7 +18,8 @@ from tiny_model import problem_file
 FORKS = ROOT / "docs" / "forks"
 PAGES = sorted(page for page in FORKS.glob("*.md") if page.name != "README.md")
 COLUMNS = {"final": "accuracy", "first": "first_accuracy", "trials": "trials", "VA": "va", "VA on right": "va_right",
-           "VA on wrong": "er", "ICR": "icr", "finished": "finished", "unchecked": "unchecked"}  # fmt: skip
+           "VA on wrong": "er", "ICR": "icr", "CIR": "cir", "repeats": "repeats", "finished": "finished",
+           "unchecked": "unchecked", "pass@4": "pass_at_k.4"}  # fmt: skip
 TWO_STEPS = """--problems 2 --rollouts 2 --updates 1 --steps 2 --lr 1e-3 --max-new-tokens 32 --tokens-per-microbatch 512
     --device cpu""".split()
 
@@ -85,30 +86,36 @@ def test_fork_states_its_lines(page):
     assert re.search(rf"\({page.name}\).*{re.escape(stated)}", (FORKS / "README.md").read_text(encoding="utf-8"))
 
 
-def reports(model: str) -> list[dict]:
-    """The kept reports of a model, of seeds 0 to 2."""
-    folders = [ROOT / "docs" / part / f"seed-{seed}" for seed in (0, 1, 2) for part in ("findings", "forks")]
+def reports(model: str, seeds: range) -> list[dict]:
+    """The kept reports of a model."""
+    parts = ("findings", "findings/sampled", "forks")
+    folders = [ROOT / "docs" / part / f"seed-{seed}" for seed in seeds for part in parts]
     found = [json.loads((folder / f"{model}.json").read_text()) for folder in folders if (folder / f"{model}.json").exists()]
-    assert len(found) == 3, model
+    assert len(found) == len(seeds), model
     return found
 
 
-@pytest.mark.parametrize("page", [*PAGES, FORKS / "README.md", ROOT / "docs" / "running.md"], ids=lambda page: page.stem)
+TABLES = [*PAGES, FORKS / "README.md", ROOT / "docs" / "running.md", ROOT / "docs" / "findings" / "sampled.md"]
+
+
+@pytest.mark.parametrize("page", TABLES, ids=lambda page: page.stem)
 def test_measured_numbers_are_those_of_the_reports(page):
-    """Rows of a table name their report: mean ± half of the 95 % interval over seeds 0 to 2, or a number each.
+    """Rows of a table name their report: mean ± half of the 95 % interval over seeds 0 to 2 or those named, or a number each.
 
     A column "− `model`" has the differences of the final accuracies.
     """
     for table in re.findall(r"^\| toy, .*\n(?:\|.*\n)+", page.read_text(encoding="utf-8"), re.MULTILINE):
+        named = re.match(r"[^|]*\|[^|]*seeds (\d) to (\d)", table)
+        seeds = range(int(named[1]), int(named[2]) + 1) if named else range(3)
         (_, *names), _, *rows = [[part.strip() for part in line.strip("|").split("|")] for line in table.splitlines()]
         assert rows
         for model, *found in rows:
-            measured = reports(re.search(r"`(.*)`", model)[1])
+            measured = reports(re.search(r"`(.*)`", model)[1], seeds)
             for name, number in zip(names, found, strict=True):
                 less = re.fullmatch(r"− `(.*)`", name)
                 values = [value(report, "accuracy" if less else COLUMNS[name]) for report in measured]
                 if less:
-                    gains = [x - value(report, "accuracy") for x, report in zip(values, reports(less[1]))]
+                    gains = [x - value(report, "accuracy") for x, report in zip(values, reports(less[1], seeds))]
                     text = cell(gains, 1).replace("-", "−")
                     assert number == (("" if text.startswith("−") else "+") + text if any(gains) else "–")
                 elif "," in number:

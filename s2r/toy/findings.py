@@ -37,6 +37,7 @@ columns; `sound` is the fraction of true verdicts whose check is right for the r
 `no_verdict` the fraction of checks that have no verdict, which `va` counts as untrue, and `unchecked` the fraction of
 right first answers that end the response.
 Made by `python -m s2r.toy.findings --seeds {seeds}`, commits {commits}. [What was tried before](findings/settled.md).
+All answers here are greedy, but for the votes. [Sampled answers of five more seeds](findings/sampled.md) gain more from checks.
 """
 ALL = """All models. `sft-plus` is the control of RL: SFT for at least as many updates as SFT and RL. `sft-more` is SFT for as many
 updates on trajectories from twice the problems. `rl-solve-only` is outcome RL of the base, whose answers have no checks.
