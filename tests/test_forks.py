@@ -19,7 +19,8 @@ FORKS = ROOT / "docs" / "forks"
 PAGES = sorted(page for page in FORKS.glob("*.md") if page.name != "README.md")
 COLUMNS = {"final": "accuracy", "first": "first_accuracy", "trials": "trials", "VA": "va", "VA on right": "va_right",
            "VA on wrong": "er", "ICR": "icr", "CIR": "cir", "repeats": "repeats", "finished": "finished",
-           "unchecked": "unchecked", "pass@4": "pass_at_k.4"}  # fmt: skip
+           "unchecked": "unchecked", "pass@4": "pass_at_k.4",
+           **{f"check {k}": f"va_by_trial.{k}" for k in "1234"}}  # fmt: skip
 TWO_STEPS = """--problems 2 --rollouts 2 --updates 1 --steps 2 --lr 1e-3 --max-new-tokens 32 --tokens-per-microbatch 512
     --device cpu""".split()
 
