@@ -7,7 +7,8 @@
 #     git apply -R docs/forks/grpo.md
 #
 # NAME, FLAGS: RL with the toy's settings and these flags, from the SFT model of each seed; greedy answers to its test
-# problems. The reports go to docs/forks/seed-N/NAME.json, with what s2r.toy.findings adds. What is made is not made again.
+# problems. The reports go to docs/forks/seed-N/NAME.json, with what s2r.toy.findings adds. What is made is not made again:
+# delete it to measure a fork whose reports are there.
 set -eu
 [ $# -gt 0 ] || { echo "usage: sh docs/forks/run.sh NAME FLAGS…" >&2; exit 2; }
 name=$1
@@ -17,7 +18,7 @@ toy() { # seed, an expression of s2r.toy: its words, in the seed's folder
 }
 for seed in 0 1 2; do
   kept=docs/forks/seed-$seed
-  [ -e "$kept/$name.json" ] && continue
+  [ -e "$kept/$name.json" ] && { echo "$kept/$name.json is there: not measured again" >&2; continue; }
   mkdir -p "$kept"
   F=runs/findings/seed-$seed
   python $(toy $seed RL) --data "$F/train.jsonl" --out "$F/$name" --seed $seed "$@"

@@ -32,17 +32,23 @@ One base model serves all seeds, so the intervals leave its variation out. Of {f
 expected to miss its true value by chance. Offline RL uses the settings of online RL; none were chosen for it. It has no
 KL term.
 
-The paper's numbers are those of Qwen2.5-Math-7B on MATH500. Fractions are in per cent. `s2r/metrics.py` explains the
-columns; `sound` is the fraction of true verdicts whose check is right for the right reason (`s2r/toy/audit.py`),
+The paper's numbers are those of Qwen2.5-Math-7B on MATH500; the arrow leads to the model that the claim is about.
+Fractions are in per cent. `s2r/metrics.py` explains the columns;
+`sound` is the fraction of true verdicts whose check is right for the right reason (`s2r/toy/audit.py`),
 `no_verdict` the fraction of checks that have no verdict, which `va` counts as untrue, and `unchecked` the fraction of
 right first answers that end the response.
 Made by `python -m s2r.toy.findings --seeds {seeds}`, commits {commits}. [What was tried before](findings/settled.md).
 All answers here are greedy, but for the votes. [Sampled answers of five more seeds](findings/sampled.md) gain more from checks.
 """
-ALL = """All models. `sft-plus` is the control of RL: SFT for at least as many updates as SFT and RL. `sft-more` is SFT for as many
-updates on trajectories from twice the problems. `rl-solve-only` is outcome RL of the base, whose answers have no checks.
-`base-majority` and `base-checked` sample as many answers of the base model as have the tokens of a mean response after outcome
-RL. The first takes the most frequent answer. The second is right if one of them is, as if a perfect checker chose."""
+ALL = """All models:
+
+- `sft-plus`, the control of RL: SFT for at least as many updates as SFT and RL. `sft-more`: SFT for as many updates on
+  trajectories from twice the problems. `sft-200`: SFT for the updates of `sft` on 200 trajectories.
+- `sft-unmasked`: wrong solves are targets too. `sft-solving`: the checks solve the problem again.
+- `rl-solve-only`: outcome RL of the base, whose answers have no checks. `offline-…`: offline RL (App. F) of `sft`.
+- `base-majority` and `base-checked`: several answers of the base model to each problem, together as many tokens as a mean
+  response after outcome RL. The first takes the most frequent answer. The second is right if one of them is, as if a
+  perfect checker chose."""
 LENGTH = f"Accuracy if only the first k trials count. {LONGEST} tokens, the limit, admit 7 trials with five gaps."
 LEVEL = "Accuracy and trials by level, which is the number of gaps less 1."
 AUDIT = "Fraction of sound checks among those with a true verdict: first checks of a response, second ones, and so on."
@@ -62,8 +68,8 @@ FINDINGS = (
     ("control: outcome RL beats base samples with a perfect checker, equal tokens", "–", "accuracy", "rl-outcome",
      "base-checked"),
     ("masked SFT beats unmasked: accuracy", "–", "accuracy", "sft", "sft-unmasked"),
-    ("more trials on harder problems, after outcome RL: five gaps minus two gaps", "1.05 → 2.15", "harder", "rl-outcome",
-     ""),
+    ("more trials on harder problems, after outcome RL: five gaps − two gaps (paper: level 1 → 5)", "1.05 → 2.15",
+     "harder", "rl-outcome", ""),
     ("outcome RL raises ICR", "6.5 → 13.6", "icr", "rl-outcome", "sft"),
     ("process RL raises ICR", "6.5 → 12.2", "icr", "rl-process", "sft"),
     ("outcome RL lowers CIR (drop)", "2.0 → 1.0", "cir", "sft", "rl-outcome"),
@@ -74,7 +80,7 @@ FINDINGS = (
     ("accuracy is higher after outcome than after process RL", "83.4 → 84.4", "accuracy", "rl-outcome", "rl-process"),
     ("offline, process beats outcome level: accuracy", "–", "accuracy", "offline-process", "offline-outcome"),
     ("offline process RL beats SFT: accuracy", "81.6 → 83.4", "accuracy", "offline-process", "sft"),
-    ("problem-solving checks lean towards “correct”: VA on right − wrong answers, against checks that do not",
+    ("checks that solve the problem again lean towards “correct”: (VA on right − VA on wrong answers), sft-solving − sft",
      "14.8 → 34.5", "bias", "sft-solving", "sft"),
     ("more SFT data help, at equal steps: all trajectories against 200", "–", "accuracy", "sft", "sft-200"),
 )  # fmt: skip
