@@ -54,7 +54,7 @@ class _TorchHead(torch.autograd.Function):
             entropy[chunk] = -torch.linalg.vecdot(p, log_p)
             if hidden_ref is not None:
                 log_p_ref, m_ref[chunk], log_s_ref[chunk] = _log_softmax(hidden_ref[chunk], weight_ref, temperature)
-                kl[chunk] = torch.linalg.vecdot(p, log_p.sub_(log_p_ref))
+                kl[chunk] = torch.linalg.vecdot(p, log_p.sub_(log_p_ref)).clamp_(min=0)  # as in Triton: rounding
         ctx.save_for_backward(hidden, weight, targets, hidden_ref, weight_ref, kl, m, log_s, m_ref, log_s_ref)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)

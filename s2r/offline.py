@@ -123,5 +123,5 @@ def check_policy(path: str | Path, trajectories: Sequence[Trajectory], model: Tr
     if not gap <= GAP[model.dtype]:
         raise ValueError(
             f"{path}: its log-probabilities are on average {gap:.3g} nats away from those of --model; "
-            "give the model that sampled these rollouts"
+            "give the model that sampled these rollouts, and its --dtype"
         )

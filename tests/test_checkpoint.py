@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -90,8 +91,16 @@ def test_run_that_stopped_before_its_first_checkpoint_starts_anew(cfg, model, tm
     take_up(cfg).log({"step": 1})
     with pytest.raises(FileExistsError, match="--resume this one"):
         take_up(cfg)
-    assert take_up(replace(cfg, resume=True)).restore(model, adam(model)) == 0
+    assert take_up(replace(cfg, resume=True, lr=0.25)).restore(model, adam(model)) == 0
     assert (tmp_path / "run" / "log.jsonl").read_text() == ""
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["lr"] == 0.25
+
+
+def test_tensorboard_that_is_not_installed_is_named_before_anything_is_written(cfg, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ModuleNotFoundError):
+        take_up(replace(cfg, tensorboard=True))
+    assert not (tmp_path / "run").exists()
 
 
 def test_run_whose_checkpoints_were_taken_away_is_not_started_anew(cfg, saved, tmp_path):

@@ -26,6 +26,7 @@ from s2r.run import checkpoint, flags, loop, ranks
 from s2r.model import Transformer
 from s2r.packing import pack
 from s2r.run.ranks import Ranks
+from s2r.stage0 import verifications
 from tiny_model import same, tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -348,6 +349,7 @@ def test_stop_under_torchrun_takes_any_number_of_signals(handlers):
 
 @pytest.mark.parametrize(("script", "less"), [
     (sample, "a lower --tokens-per-microbatch, a lower --slots\n"),
+    (verifications, "a lower --batch\n"),
     (train_sft, "a lower --tokens-per-microbatch, a lower --slots, --checkpointing, --lora, --offload\n"),
     (train_rl, "a lower --tokens-per-microbatch, a lower --slots, --checkpointing, --lora, --offload\n"),
 ])
@@ -360,8 +362,8 @@ def test_out_of_memory_names_the_flags_that_help(how, script, less, monkeypatch,
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has …")
         torch.empty(10**15) if how == "torch" else bytearray(10**18)
 
-    monkeypatch.setattr(sys, "argv", ["script.py", "--model", "m", *(["--out", "o"] if script is not sample else [])]
-                        + ["--data", "d"])
+    required = ["--rollouts", "r"] if script is verifications else ["--data", "d"]
+    monkeypatch.setattr(sys, "argv", ["script.py", "--model", "m", "--out", "o", *required])
     with pytest.raises(SystemExit) as exit:
         flags.start(main, script.Config)
     error = capsys.readouterr().err

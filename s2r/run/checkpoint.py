@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -46,7 +47,7 @@ class Run:
         """Make `cfg.out`, or with `cfg.resume` continue the run in it; `data` is the file that is learnt from.
 
         Raises FileExistsError when the folder holds a model, a run (without --resume), or a run without its checkpoints,
-        and ValueError when the run to resume had other settings or other data, or when the ranks see different copies of
+        and ValueError when the checkpoints to resume had other settings or other data, or when the ranks see different copies of
         data or model. `dtype` is what --dtype auto has become.
         """
         self.cfg, self.ranks, self.steps, self.folder = cfg, ranks, steps, Path(cfg.out)
@@ -66,7 +67,8 @@ class Run:
         now["dtype"] = str(dtype).removeprefix("torch.")
         now["data_sha256"] = copies[0][0]
         now["weights_changed"] = max(file.stat().st_mtime for file in Path(cfg.model).glob("*.safetensors"))
-        for name, value in before.items():
+        there = self._checkpoints()
+        for name, value in before.items() if there else ():  # before the first checkpoint settings may be corrected
             if name == "data_sha256" and value != now[name]:
                 raise ValueError(f"{data} is not what {self.folder} learnt from; give that or take another --out")
             if name == "weights_changed" and value != now[name]:  # they are the reference, and the base of --lora
@@ -75,7 +77,6 @@ class Run:
             if name not in FREE and value != now.get(name):
                 what = f"--{name.replace('_', '-')} was {value!r}, now {now.get(name)!r}"
                 raise ValueError(f"{file}: {what}; resume with the same settings or take another --out")
-        there = self._checkpoints()
         if (there or (self.folder / "config.json").exists()) and not (there and before):
             what = "a run whose checkpoints are gone" if before else "a model, which the run would write over"
             raise FileExistsError(f"{self.folder} holds {what}; take another --out")
@@ -83,6 +84,8 @@ class Run:
             return  # nothing to do; run.json still says what made the run
         status, commit = subprocess.getstatusoutput(f"git -C {shlex.quote(str(ROOT))} rev-parse HEAD")
         now |= {"command": shlex.join(sys.argv), "commit": "unknown" if status else commit, "torch": torch.__version__}
+        if cfg.tensorboard:
+            import_module("torch.utils.tensorboard")  # if it is not installed, nothing is written
         self.folder.mkdir(parents=True, exist_ok=True)
         with replacing(file) as partial:
             partial.write_text(json.dumps(now, indent=2) + "\n")
