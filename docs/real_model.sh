@@ -37,6 +37,10 @@ evaluate() { # name, model folder: greedy answers, and four sampled ones per pro
   sample "$F/$1.sampled.json" "$2" "$F/test.jsonl" --max-new-tokens 400 --n 4 --temperature 0.7 \
     --out "$F/$1.sampled.jsonl" --report "$F/$1.sampled.json"
 }
+stage0() { # samples, problem file, trajectory file that is there at the end: checks by the rule, trajectories
+  make "$3" -m s2r.stage0.verifications --rollouts "$1" --out "$3.checks" --by formula --data "$2"
+  make "$3" -m s2r.stage0.build --rollouts "$1" --verifications "$3.checks" --seed "$seed" --keep 1 1 1 1 --out "$3"
+}
 sft="train_sft.py --kl 0 --lr 2e-4 --batch-size 16 --max-length 1024 --tokens-per-microbatch 2048"
 rl="train_rl.py --problems 16 --rollouts 4 --updates 4 --beta 0.01 --lr 2e-5 --steps 24 --max-new-tokens 400
   --tokens-per-microbatch 2048"
@@ -57,10 +61,7 @@ evaluate warm "$F/warm"
 # Stage 0: five samples per problem, checks by the rule, trajectories. Sampled after two epochs: later there are fewer wrong
 # answers to check. Stage 1: SFT from the model of four epochs, the calculations among the trajectories.
 sample "$F/samples.jsonl" "$F/warm-2" "$F/sft.jsonl" --n 5 --temperature 0.7 --max-new-tokens 128 --out "$F/samples.jsonl"
-make "$F/trajectories.jsonl" -m s2r.stage0.verifications --rollouts "$F/samples.jsonl" --out "$F/checks.jsonl" \
-  --by formula --data "$F/sft.jsonl"
-make "$F/trajectories.jsonl" -m s2r.stage0.build --rollouts "$F/samples.jsonl" --verifications "$F/checks.jsonl" \
-  --seed "$seed" --keep 1 1 1 1 --out "$F/trajectories.jsonl"
+stage0 "$F/samples.jsonl" "$F/sft.jsonl" "$F/trajectories.jsonl"
 cat "$F/trajectories.jsonl" "$F/arithmetic.jsonl" > "$F/stage1.jsonl"
 train sft $sft --model "$F/warm" --data "$F/stage1.jsonl" --epochs 3
 evaluate sft "$F/sft"
@@ -76,24 +77,28 @@ for level in outcome process; do
 done
 
 # Controls. The same RL without checks: of the warm-up model, which gives answers alone. Warm-up and SFT continued, for at
-# least as many updates as the models that they stand beside. Majority vote.
+# least as many updates as the models that they stand beside. SFT continued on trajectories of RL's problems. Majority vote.
 train rl-warm $rl --model "$F/warm" --data "$F/rl.selected.jsonl" --level outcome
 evaluate rl-warm "$F/rl-warm"
 longer warm-plus warm $sft --model "$model" --data "$F/warm.jsonl" --epochs 9
 evaluate warm-plus "$F/warm-plus"
 longer sft-plus sft $sft --model "$F/warm" --data "$F/stage1.jsonl" --epochs 6
 evaluate sft-plus "$F/sft-plus"
+stage0 "$F/rl.samples.jsonl" "$F/rl.jsonl" "$F/rl.trajectories.jsonl"
+cat "$F/rl.trajectories.jsonl" "$F/arithmetic.jsonl" > "$F/stage2.jsonl"
+train sft-more $sft --model "$F/sft" --data "$F/stage2.jsonl" --epochs 3
+evaluate sft-more "$F/sft-more"
 sample "$F/votes.json" "$F/warm" "$F/test.jsonl" --n 16 --temperature 0.7 --max-new-tokens 128 \
   --out "$F/votes.jsonl" --report "$F/votes.json"
 
-python -m s2r.stage0.audit "$F/sft.test.jsonl" "$F/sft-plus.test.jsonl" "$F/rl-outcome.test.jsonl" \
-  "$F/rl-process.test.jsonl"
+python -m s2r.stage0.audit "$F/sft.test.jsonl" "$F/sft-plus.test.jsonl" "$F/sft-more.test.jsonl" \
+  "$F/rl-outcome.test.jsonl" "$F/rl-process.test.jsonl"
 python -m s2r.view.report "$F/base.json"
 for kind in "" .sampled; do
   python -m s2r.view.report "$F/warm$kind.json" "$F/rl-warm$kind.json" "$F/warm-plus$kind.json" "$F/sft$kind.json" \
-    "$F/sft-plus$kind.json" "$F/rl-outcome$kind.json" "$F/rl-process$kind.json" "$F/votes.json"
-  for pair in "warm-plus sft" "sft rl-outcome" "sft-plus rl-outcome" "warm-plus rl-outcome" "rl-warm rl-outcome" \
-    "sft rl-process" "sft-plus rl-process"; do
+    "$F/sft-plus$kind.json" "$F/sft-more$kind.json" "$F/rl-outcome$kind.json" "$F/rl-process$kind.json" "$F/votes.json"
+  for pair in "warm-plus sft" "sft rl-outcome" "sft-plus rl-outcome" "sft-more rl-outcome" "warm-plus rl-outcome" \
+    "rl-warm rl-outcome" "sft rl-process" "sft-plus rl-process" "sft-more rl-process" "rl-outcome rl-process"; do
     python -m s2r.view.report "$F/${pair% *}$kind.json" "$F/${pair#* }$kind.json" | tail -1
   done
 done

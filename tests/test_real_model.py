@@ -56,7 +56,7 @@ def test_every_command_is_one_that_its_script_accepts(run):
         seed = {"s2r.stage0.arithmetic": 8, "s2r.stage0.verifications": 0}.get(name, 7)  # the rule has no use for one
         assert getattr(cfg, "seed", seed) == seed, words
     trained = {words[words.index("--out") + 1]: words for words in commands if words[0].startswith("train")}
-    assert set(trained) == {f"a folder/{name}" for name in "warm-2 warm sft rl-outcome rl-process rl-warm warm-plus sft-plus".split()}
+    assert set(trained) == {f"a folder/{name}" for name in "warm-2 warm sft rl-outcome rl-process rl-warm warm-plus sft-plus sft-more".split()}
     assert all(words[words.index("--seed") + 1] == "7" and "--resume" in words for words in trained.values())
 
 
@@ -88,6 +88,7 @@ MODELS = {
     "warm-plus": "warm-up, {} epochs (control)",
     "sft": "+ SFT",
     "sft-plus": "+ SFT, {} epochs (control)",
+    "sft-more": "+ SFT on RL's problems (control)",
     "rl-outcome": "+ SFT + outcome-level RL",
     "rl-process": "+ SFT + process-level RL",
 }
@@ -100,12 +101,15 @@ DIFFERENCES = {
     "SFT against its own first attempts": ("sft", "sft"),
     "SFT against more warm-up": ("warm-plus", "sft"),
     "more SFT against SFT": ("sft", "sft-plus"),
+    "SFT on RL's problems against SFT": ("sft", "sft-more"),
     "outcome level against SFT": ("sft", "rl-outcome"),
     "outcome level against more SFT": ("sft-plus", "rl-outcome"),
+    "outcome level against SFT on RL's problems": ("sft-more", "rl-outcome"),
     "outcome level against more warm-up": ("warm-plus", "rl-outcome"),
     "outcome level against the same without checks": ("rl-warm", "rl-outcome"),
     "process level against SFT": ("sft", "rl-process"),
     "process level against more SFT": ("sft-plus", "rl-process"),
+    "process level against SFT on RL's problems": ("sft-more", "rl-process"),
     "process level against outcome level": ("rl-outcome", "rl-process"),
 }
 
