@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -152,15 +153,15 @@ def difference_row(text: str, pairs: list[tuple[dict, dict]]) -> str:
     return f"| {text} | {' | '.join(cells)} |"
 
 
-def expected_rows(settings: str, seeds: list[int]) -> list[str]:
-    """Those of the models that every one of the seeds has a report of."""
+def expected_rows(settings: str, seeds: list[int], shown: Sequence[str] = ()) -> list[str]:
+    """Those of the models that every one of the seeds has a report of; without those that another table has `shown`."""
     rows = []
     for kind in ("", ".sampled"):
         there = [{file.name for file in (ROOT / "docs" / "real" / f"seed-{seed}").iterdir()} for seed in seeds]
         names = [name for name in MODELS if f"{name}{kind}.json" in set.intersection(*there)]
         models = {name: [report(f"seed-{seed}", name + kind) for seed in seeds] for name in names}
-        rows += [model_row(MODELS[name].format(EPOCHS[settings].get(name)), models[name]) for name in names]
-        pairs = {text: (x, y) for text, (x, y) in DIFFERENCES.items() if x in models and y in models}
+        rows += [model_row(MODELS[name].format(EPOCHS[settings].get(name)), models[name]) for name in names if name not in shown]
+        pairs = {text: (x, y) for text, (x, y) in DIFFERENCES.items() if {x, y} <= models.keys() and not {x, y} <= set(shown)}
         rows += [difference_row(text, list(zip(models[x], models[y]))) for text, (x, y) in pairs.items()]
     return rows
 
@@ -190,7 +191,9 @@ def rows(page: str, first: str, last: str) -> list[str]:
 
 
 def test_the_tables_of_the_pages_are_what_the_kept_reports_give():
-    assert rows("real_model.md", "Result", "The checks") == expected_rows("third", [4, 5]) + expected_rows("third", [6])
+    reinforced = ["warm", "rl-warm", "sft", "rl-outcome", "rl-process"]
+    third = expected_rows("third", [4, 5, 7]) + expected_rows("third", [7], reinforced) + expected_rows("third", [6])
+    assert rows("real_model.md", "Result", "The checks") == third
     assert rows("real_settings.md", "Results with the first", "Results with the second") == expected_rows("first", [0, 1, 2])
     assert rows("real_settings.md", "Results with the second", "Trials for") == expected_rows("second", [3])
     assert rows("real_settings.md", "Trials for", "") == expected_rows_of_seed_100()
