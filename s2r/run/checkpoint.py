@@ -47,7 +47,7 @@ class Run:
         """Make `cfg.out`, or with `cfg.resume` continue the run in it; `data` is the file that is learnt from.
 
         Raises FileExistsError when the folder holds a model, a run (without --resume), or a run without its checkpoints,
-        and ValueError when the checkpoints to resume had other settings or other data, or when the ranks see different copies of
+        and ValueError when its checkpoints had other settings or other data, or when the ranks see different copies of
         data or model. `dtype` is what --dtype auto has become.
         """
         self.cfg, self.ranks, self.steps, self.folder = cfg, ranks, steps, Path(cfg.out)

@@ -95,7 +95,8 @@ def start(main: Callable, config: type) -> None:
         said = str(error).partition("\n")[0]
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in said:
             raise
-        less = [f"a lower --{n.replace('_', '-')}" for n in ("tokens_per_microbatch", "slots", "batch") if hasattr(config, n)]
+        sizes = ("tokens_per_microbatch", "slots", "batch")
+        less = [f"a lower --{n.replace('_', '-')}" for n in sizes if hasattr(config, n)]
         less += [f"--{n}" for n in ("checkpointing", "lora", "offload") if hasattr(config, n)]
         print(f"error: out of memory ({said}); what takes less: {', '.join(less)}", file=sys.stderr)
         sys.exit(2)

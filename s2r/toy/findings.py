@@ -33,10 +33,9 @@ expected to miss its true value by chance. Offline RL uses the settings of onlin
 KL term.
 
 The paper's numbers are those of Qwen2.5-Math-7B on MATH500; the arrow leads to the model that the claim is about.
-Fractions are in per cent. `s2r/metrics.py` explains the columns;
-`sound` is the fraction of true verdicts whose check is right for the right reason (`s2r/toy/audit.py`),
-`no_verdict` the fraction of checks that have no verdict, which `va` counts as untrue, and `unchecked` the fraction of
-right first answers that end the response.
+Fractions are in per cent. `s2r/metrics.py` explains the columns. `sound` is the fraction of true verdicts whose check
+is right for the right reason (`s2r/toy/audit.py`), `no_verdict` the fraction of checks that have no verdict, which `va`
+counts as untrue, and `unchecked` the fraction of right first answers that end the response.
 Made by `python -m s2r.toy.findings --seeds {seeds}`, commits {commits}. [What was tried before](findings/settled.md).
 All answers here are greedy, but for the votes. [Sampled answers of five more seeds](findings/sampled.md) gain more from checks.
 """
