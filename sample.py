@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from s2r.data import Problem, check_output, load_problems, replacing, write_jsonl
+from s2r.data import Problem, load_problems
 from s2r.grade import parsable
 from s2r.metrics import at_k, summarize
 from s2r.rollouts import encode_prompts
 from s2r.run import flags, loop
+from s2r.run.files import check_output, replacing, write_jsonl
 from s2r.run.journal import Journal
 from s2r.view.page import page
 from s2r.view.report import table

@@ -36,10 +36,11 @@ import torch.distributed as dist
 import s2r.model
 from kernels import elementwise, sampling
 from s2r import generate as sampler
-from s2r.data import read_jsonl, write_jsonl
+from s2r.data import read_jsonl
 from s2r.hf.config import ModelConfig
 from s2r.model import Transformer
 from s2r.packing import pack, policy_logp
+from s2r.run.files import write_jsonl
 from s2r.run.flags import start
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -2,8 +2,9 @@
 
 import pytest
 
-from s2r.data import read_jsonl, write_jsonl
+from s2r.data import read_jsonl
 from s2r.grammar import VERDICT_SENTENCE, VERIFY_OPENING
+from s2r.run.files import write_jsonl
 from s2r.stage0.audit import audit, mark
 from s2r.toy.audit import fault as toy_fault
 

@@ -6,8 +6,9 @@ from collections import Counter
 
 import pytest
 
-from s2r.data import load_trajectories, write_jsonl
+from s2r.data import load_trajectories
 from s2r.grammar import VERDICT_SENTENCE
+from s2r.run.files import write_jsonl
 from s2r.stage0 import build as stage0
 
 PROBLEM = "Which number is a multiple of 17: 30, 31, 32, 33, 34, 35 or 36?"  # 34

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from s2r.data import write_jsonl
+from s2r.run.files import write_jsonl
 from s2r.run.flags import start
 from s2r.view.curves import Config, main
 

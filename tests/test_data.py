@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from s2r.data import (Example, Problem, check_output, draw, drop_torn_line, load_problems, load_trajectories, read_jsonl,
-                      write_jsonl)
+from s2r.data import Example, Problem, draw, load_problems, load_trajectories, read_jsonl
 from s2r.grade import equivalent
 from s2r.grammar import VERDICT_SENTENCE
+from s2r.run.files import check_output, drop_torn_line, write_jsonl
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 RIGHT, WRONG = VERDICT_SENTENCE["correct"], VERDICT_SENTENCE["incorrect"]

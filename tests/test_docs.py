@@ -17,9 +17,10 @@ from torch.distributed.run import get_args_parser
 
 import train_sft
 from s2r import metrics
-from s2r.data import read_jsonl, write_jsonl
+from s2r.data import read_jsonl
 from s2r.grammar import VERDICT_SENTENCE
 from s2r.run.checkpoint import FREE
+from s2r.run.files import write_jsonl
 from s2r.run.flags import from_command_line
 from tiny_model import sums, tiny_model
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 import s2r  # noqa: F401
-from s2r.data import read_jsonl, write_jsonl
+from s2r.data import read_jsonl
 from s2r.grammar import VERIFY_OPENING
+from s2r.run.files import write_jsonl
 from s2r.toy import findings
 from s2r.toy.__main__ import PLAN
 

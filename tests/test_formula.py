@@ -5,9 +5,10 @@ from fractions import Fraction
 import pytest
 from conftest import ROOT
 
-from s2r.data import Problem, load_problems, read_jsonl, write_jsonl
+from s2r.data import Problem, load_problems, read_jsonl
 from s2r.grade import equivalent, extract_answer
 from s2r.grammar import VERDICT_SENTENCE, parse_verdict
+from s2r.run.files import write_jsonl
 from s2r.stage0 import formula, verifications
 
 ASDIV = ROOT.parent / "shared" / "data" / "asdiv.jsonl"

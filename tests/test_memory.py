@@ -13,10 +13,10 @@ import torch
 from conftest import ROOT
 from tokenizers import Tokenizer as HfTokenizer
 
-from s2r.data import write_jsonl
 from s2r.hf.config import ModelConfig
 from s2r.model import Cache, Transformer
 from s2r.run import memory
+from s2r.run.files import write_jsonl
 from tiny import tiny_tokenizer
 from tiny_model import problem_file, steps, tiny_model
 

@@ -12,11 +12,12 @@ from test_scripts import log
 import sample
 import train_rl
 from s2r import offline, rl
-from s2r.data import Problem, load_problems, read_jsonl, write_jsonl
+from s2r.data import Problem, load_problems, read_jsonl
 from s2r.model import Transformer
 from s2r.hf.tokenizer import Tokenizer
 from s2r.packing import pack, policy_logp
 from s2r.rollouts import load_rollouts
+from s2r.run.files import write_jsonl
 from s2r.stage0 import select
 from tiny_model import problem_file, tiny_model
 

@@ -8,8 +8,8 @@ import pytest
 from test_rl import response
 
 import sample
-from s2r.data import write_jsonl
 from s2r.hf.tokenizer import Tokenizer
+from s2r.run.files import write_jsonl
 from s2r.view.page import Config, labels, main, page
 from tiny_model import problem_file, tiny_model
 

@@ -16,8 +16,9 @@ from test_scripts import RL, SFT, log
 import sample
 import train_rl
 import train_sft
-from s2r.data import load_problems, read_jsonl, write_jsonl
+from s2r.data import load_problems, read_jsonl
 from s2r.packing import pack
+from s2r.run.files import write_jsonl
 from s2r.run.journal import Journal
 from s2r.run.ranks import Ranks
 from s2r.stage0 import verifications

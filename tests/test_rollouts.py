@@ -4,12 +4,13 @@ import json
 
 import pytest
 
-from s2r.data import Problem, read_jsonl, write_jsonl
+from s2r.data import Problem, read_jsonl
 from s2r.generate import Rollout
 from s2r.model import Transformer
 from s2r.rollouts import encode_prompts, load_rollouts, roll_out
 from s2r.hf.tokenizer import Tokenizer
 from s2r.grammar import encode, prompt
+from s2r.run.files import write_jsonl
 from tiny_model import steps, tiny_model
 
 PROBLEM = Problem("3+4?", "7", "sum/34", level=2)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 import sample
 import train_rl
 import train_sft
-from s2r.data import load_trajectories, read_jsonl, write_jsonl
+from s2r.data import load_trajectories, read_jsonl
 from s2r.hf.tokenizer import Tokenizer
 from s2r.packing import sft_sequences
 from s2r.rollouts import roll_out
@@ -29,6 +29,7 @@ from s2r.run import checkpoint, loop, ranks
 from s2r.run.flags import start
 from s2r.run.journal import Journal
 from s2r.grammar import SYSTEM_PROMPT
+from s2r.run.files import write_jsonl
 from tiny_model import digest, problem_file, same, steps, tiny_model, trajectory_file
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,13 +10,14 @@ from tokenizers import Tokenizer as Backend
 
 import s2r  # noqa: F401  (before torch)
 import torch
-from s2r.data import load_problems, read_jsonl, write_jsonl
+from s2r.data import load_problems, read_jsonl
 from s2r.generate import generate
 from s2r.grade import equivalent
 from s2r.grammar import RETRY_OPENING, VERIFY_OPENING, parse_verdict, prompt
 from s2r.hf.tokenizer import Tokenizer
 from s2r.model import Transformer
 from s2r.run import flags
+from s2r.run.files import write_jsonl
 from s2r.toy import pretrain, world
 from s2r.toy.__main__ import PLAN, stages
 from s2r.toy.findings import ABLATIONS

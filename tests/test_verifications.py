@@ -9,9 +9,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from s2r.data import load_trajectories, read_jsonl, write_jsonl
+from s2r.data import load_trajectories, read_jsonl
 from s2r.grammar import VERDICT_SENTENCE, VERIFY_OPENING
 from s2r.hf.tokenizer import Tokenizer
+from s2r.run.files import write_jsonl
 from s2r.stage0 import build
 from s2r.stage0.verifications import CHECK, REWORD, STYLES, Config, as_self_check, endpoint, main, wanted
 from tiny_model import tiny_model

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from s2r.data import write_jsonl
 from s2r.grammar import VERDICT_SENTENCE
 from s2r.hf.config import ModelConfig
 from s2r.hf.tokenizer import Tokenizer
 from s2r.model import Transformer
+from s2r.run.files import write_jsonl
 from tiny import tiny_tokenizer
 
 

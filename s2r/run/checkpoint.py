@@ -27,8 +27,8 @@ import torch
 import torch.distributed.checkpoint.state_dict as dcp
 from safetensors import SafetensorError, safe_open
 
-from s2r.data import replacing, sync
 from s2r.model import Transformer
+from s2r.run.files import replacing, sync
 from s2r.run.flags import ROOT
 from s2r.run.ranks import Ranks
 

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from s2r.data import Problem, check_output, drop_torn_line, read_jsonl
+from s2r.data import Problem, read_jsonl
 from s2r.generate import Rollout
+from s2r.run.files import check_output, drop_torn_line
 from s2r.run.ranks import Ranks
 
 

@@ -10,7 +10,7 @@ made of such calculations. If they are wrong, its verdict says little.
 import random
 from dataclasses import dataclass
 
-from s2r.data import check_output, write_jsonl
+from s2r.run.files import check_output, write_jsonl
 from s2r.run.flags import check, start
 
 CALCULATIONS = 10  # in one row

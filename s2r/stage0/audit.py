@@ -13,8 +13,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from s2r.data import write_jsonl
 from s2r.grammar import VERIFY_OPENING, cut, parse_verdict
+from s2r.run.files import write_jsonl
 from s2r.run.flags import start
 from s2r.stage0 import formula
 from s2r.stage0.build import read_rollouts

@@ -16,9 +16,10 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from s2r.data import check_output, read_jsonl, write_jsonl
+from s2r.data import read_jsonl
 from s2r.grade import equivalent, extract_answer
 from s2r.grammar import cut, parse_verdict
+from s2r.run.files import check_output, write_jsonl
 from s2r.run.flags import check, start
 
 

@@ -21,9 +21,10 @@ from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
-from s2r.data import Problem, load_problems, write_jsonl
+from s2r.data import Problem, load_problems
 from s2r.grade import equivalent
 from s2r.grammar import VERDICT_SENTENCE, parse_verdict
+from s2r.run.files import write_jsonl
 from s2r.run.flags import check, start
 
 SIGN = {ast.Add: "+", ast.Sub: "−", ast.Mult: "×", ast.Div: "÷"}

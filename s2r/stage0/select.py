@@ -9,8 +9,9 @@ At the outcome level, a problem whose rollouts all have one reward teaches nothi
 from collections import Counter
 from dataclasses import dataclass
 
-from s2r.data import read_jsonl, write_jsonl
+from s2r.data import read_jsonl
 from s2r.offline import ACCURACY, out_of_range, sampled_accuracy
+from s2r.run.files import write_jsonl
 from s2r.run.flags import check, start
 
 

@@ -32,10 +32,11 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from s2r.data import check_output, drop_torn_line, load_problems
+from s2r.data import load_problems
 from s2r.generate import generate
 from s2r.grade import equivalent
 from s2r.grammar import VERDICT_SENTENCE, VERIFY_OPENING, cut
+from s2r.run.files import check_output, drop_torn_line
 from s2r.run.flags import check, start
 from s2r.run.loop import load, pick
 from s2r.run.ranks import Ranks

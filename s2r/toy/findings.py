@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-from s2r.data import check_output, read_jsonl, write_jsonl
+from s2r.data import read_jsonl
+from s2r.run.files import check_output, write_jsonl
 from s2r.run.flags import check, start
 from s2r.run.stages import make
 from s2r.stage0.audit import mark

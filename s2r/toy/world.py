@@ -19,8 +19,8 @@ from itertools import product
 from pathlib import Path
 from typing import Literal
 
-from s2r.data import write_jsonl
 from s2r.grammar import VERDICT_SENTENCE
+from s2r.run.files import write_jsonl
 from s2r.run.flags import check, start
 from s2r.stage0.build import read_rollouts
 from s2r.stage0.verifications import wanted

@@ -10,7 +10,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from s2r.data import check_output, read_jsonl
+from s2r.data import read_jsonl
+from s2r.run.files import check_output
 from s2r.run.flags import start
 
 USUAL = "reward nll accuracy first_accuracy trials va va_right er cp say_correct kl entropy grad_norm".split()

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from s2r.data import check_output
 from s2r.hf.tokenizer import Tokenizer
 from s2r.rl import online_credit
 from s2r.rollouts import Trajectory, load_rollouts
+from s2r.run.files import check_output
 from s2r.run.flags import start
 
 
