@@ -1,4 +1,7 @@
-"""Files written so that a crash, a full disk or a `kill -9` leaves the old one or the new one, whole."""
+"""Writing files: after a crash, a full disk or a `kill -9` there is the old one or the new one, whole.
+
+A file that grows line by line may end in half a line then, which `drop_torn_line` cuts off.
+"""
 
 import json
 import os
