@@ -14,8 +14,8 @@ try:  # comes with PyTorch for CUDA; without it (macOS, Windows) the kernels are
     import triton
     import triton.language as tl
 
-    # Triton compiles a kernel again when an integer argument becomes 1, or starts or stops being a multiple of
-    # 16. These change from call to call, so they are exempt.
+    # Triton compiles a kernel again when an integer argument becomes 1, or starts or stops being a
+    # multiple of 16. These change from call to call, so they are exempt.
     jit = triton.jit(do_not_specialize=["T", "sequences", "splits", "tiles", "first"])
 except ImportError:
     triton = tl = None

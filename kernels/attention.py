@@ -44,12 +44,12 @@ from kernels import jit, tl, triton
 def attention_torch(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, prefix: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`attention` in PyTorch: one fused call per sequence, which on a CPU beats one call under a (T, T) mask."""
+    """`attention` in PyTorch. A fused call per sequence: on a CPU faster than one under a (T, T) mask."""
     group = q.shape[1] // k.shape[1]
-    # One copy of k and v per query head here, because SDPA on the CPU is slower when it does the same itself.
-    q, k, v = q.transpose(0, 1), *(x.repeat_interleave(group, dim=1).transpose(0, 1) for x in (k, v))  # (H, T, E)
+    # (H, T, E). One copy of k and v per query head: SDPA on the CPU is slower when it copies them itself.
+    q, k, v = q.transpose(0, 1), *(x.repeat_interleave(group, dim=1).transpose(0, 1) for x in (k, v))
     lengths = cu_seqlens.diff().tolist()
-    # split, not slices: its backward is one concatenation, that of a slice a whole (H, T, E) of zeros per sequence.
+    # split, not slices: its backward is one concatenation, that of each slice a whole (H, T, E) of zeros.
     q, k, v = (x.split(lengths, dim=1) for x in (q, k, v))
     out = []
     for s, p in enumerate(range(len(lengths)) if prefix is None else prefix.tolist()):
