@@ -197,3 +197,17 @@ def test_the_tables_of_the_pages_are_what_the_kept_reports_give():
     assert rows("real_settings.md", "Results with the first", "Results with the second") == expected_rows("first", [0, 1, 2])
     assert rows("real_settings.md", "Results with the second", "Trials for") == expected_rows("second", [3])
     assert rows("real_settings.md", "Trials for", "") == expected_rows_of_seed_100()
+
+
+@pytest.mark.parametrize("text, kind, value", [
+    ("first answer right", ".sampled", lambda one: one["first_accuracy"]),
+    ("added by corrections", ".sampled", lambda one: one["accuracy"] - one["first_accuracy"]),
+    ("one of four answers right (pass@4)", ".sampled", lambda one: one["pass_at_k"]["4"]),
+    ("greedy", "", lambda one: one["va_by_trial"]["1"]),
+    ("sampled", ".sampled", lambda one: one["va_by_trial"]["1"]),
+])  # fmt: skip
+def test_a_row_with_every_seed_is_what_the_kept_reports_give(text, kind, value):
+    names = [f"{name}{kind}" for name in ("sft", "rl-outcome", "rl-process")]
+    models = [[value(report(f"seed-{seed}", name)) for seed in (4, 5, 7, 8, 9)] for name in names]
+    cells = [", ".join(f"{100 * each:.1f}" for each in seeds).replace("-", "−") for seeds in models]
+    assert f"  | {text} | {' | '.join(cells)} |\n" in (ROOT / "docs" / "real_model.md").read_text(encoding="utf-8")
