@@ -76,7 +76,7 @@ def main(cfg: Config) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=True)
     done = run.restore(model, optimizer)
     sampler.evaluate(run, done)
-    run.end_step(model, optimizer, done, stop)
+    run.end_step(model, optimizer, done, stop)  # exits if a signal cut the evaluation short
 
     for step in range(done + 1, steps + 1):
         start = time.perf_counter()

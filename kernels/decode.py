@@ -26,10 +26,10 @@ def decode_attention_torch(
     S, H, E = q.shape
     G = k_cache.shape[2]
     longest = int(lengths.max())
-    k, v = (x[:, :longest].transpose(1, 2) for x in (k_cache, v_cache))  # (S, G, C, E), views
+    k, v = (x[:, :longest].transpose(1, 2) for x in (k_cache, v_cache))  # (S, G, longest, E), views
     filled = None
     if S > 1:
-        filled = (torch.arange(longest, device=q.device) < lengths[:, None])[:, None, None]  # (S, 1, 1, C)
+        filled = (torch.arange(longest, device=q.device) < lengths[:, None])[:, None, None]  # (S, 1, 1, longest)
     out = F.scaled_dot_product_attention(q.view(S, G, H // G, E), k, v, attn_mask=filled)  # (S, G, H/G, E)
     return out.reshape(S, H, E)
 

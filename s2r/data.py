@@ -131,7 +131,7 @@ def load_trajectories(path: str | Path) -> list[Example]:
                 steps = [{"kind": "solve", "text": boxed(problem.solution, problem.answer), "correct": True}]
             else:
                 _check_steps(steps)
-            render(steps)
+            render(steps)  # raises for a text that `parse` would not read back
         except ValueError as error:
             raise ValueError(f"{path}: row {number}: {error}") from error
         examples.append(Example(problem.problem, steps))

@@ -5,7 +5,7 @@ r"""The grammar of a response: a sequence of solve and verify actions (paper §2
     verify     = "Wait, let me recheck my solution. ", check, " ", verdict
     verdict    = "Therefore, the answer is correct."     -> <end> follows
                | "Therefore, the answer is incorrect."   -> a solve follows
-               | "Therefore, the answer cannot be verified."
+               | "Therefore, the answer cannot be verified."   only in what stage 0 gathers: never trained
 
     So 3+4=\boxed{8}.⏎⏎|Wait, let me recheck … is incorrect.⏎⏎|Let me try again. \boxed{7}.⏎⏎|Wait, … is correct.<end>
     └───── solve ─────┘└────────────── verify ────────────────┘└────────── solve ───────────┘└────── verify ───────┘
@@ -48,7 +48,7 @@ class Action:
     text: str  # of the span, opening and trailing blank line included, stop token left out
     answer: str | None = None  # solve: content of the last \boxed, None when there is none
     verdict: str | None = None  # verify: Parser(v), "correct" | "incorrect", None when unreadable or unverified
-    correct: bool | None = None  # solve: V_golden(s), None until judged
+    correct: bool | None = None  # solve: is the answer right (V_golden)? None until judged
     truth: str | None = None  # verify: the verdict it should give; None until judged, or without a solve before it
     sound: bool | None = None  # verify: is its reasoning right? None until an audit has read it
 
@@ -155,7 +155,7 @@ def encode(steps: list[dict], tokenizer: Tokenizer) -> tuple[list[int], list[Act
 
 
 def sft_targets(ids: list[int], actions: list[Action], tokenizer: Tokenizer) -> list[int]:
-    """Positions in the response with δ = 1 in equation (1), ascending: all but the body of every wrong solve.
+    """Positions in the response that equation (1) trains, ascending: all but the body of every wrong solve.
 
     The solves before the last are wrong: the model sees them as context and is never taught to write them. It learns
     how they open, "Let me try again.", and that a blank line ends them: there it decides between a check and <end>.

@@ -172,9 +172,10 @@ class Transformer(nn.Module):
         return hidden
 
     def _run(self, ids: torch.Tensor, position: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """Hidden states (T, D) after the last norm, of ids (T,) at these positions (T,)."""
         angle = torch.outer(position.float(), self.speed)[:, None]  # (T, 1, E/2)
         cos = torch.cat((angle.cos(), angle.cos()), dim=-1).to(self.dtype)  # (T, 1, E)
-        sin = torch.cat((-angle.sin(), angle.sin()), dim=-1).to(self.dtype)
+        sin = torch.cat((-angle.sin(), angle.sin()), dim=-1).to(self.dtype)  # as `rotate` wants it: first half negated
         x = F.embedding(ids, self.embed).to(self.dtype)  # (T, D)
         for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled():
