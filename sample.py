@@ -92,6 +92,8 @@ def check_settings(cfg: Config) -> None:
     flags.check(cfg, "n", "max_new_tokens", "slots")
     if bool(cfg.data) == bool(cfg.ask):
         raise ValueError(f"give --data, a problem file, or --ask, one problem, and not both; {flags.TOY}")
+    if cfg.n > 1 and cfg.temperature == 0:
+        raise ValueError(f"--n {cfg.n} at --temperature 0: the {cfg.n} responses would be the same; give --temperature 0.7")
     if cfg.ask and (cfg.report or ((cfg.out or cfg.html) and not cfg.answer)):
         raise ValueError("--ask: --out and --html judge and need --answer; --report is of a data set, leave it out")
     if cfg.data and cfg.answer:

@@ -16,8 +16,9 @@ import pytest
 import torch
 from test_loop import ALONE, BATCH, Config, adam, start, step
 
-from s2r.run import checkpoint
+from s2r.hf.tokenizer import Tokenizer
 from s2r.model import Transformer
+from s2r.run import checkpoint
 from tiny_model import digest
 
 
@@ -155,7 +156,7 @@ def test_save_and_restore_give_back_weights_optimizer_and_step(cfg, saved, base,
         *MODEL, "run.json", "log.jsonl", *(f"step-{n}/{name}" for n in (1, 2) for name in (*MODEL, "state.pt"))}
     for name in MODEL:  # the run folder is the newest checkpoint, and takes no room of its own
         assert (tmp_path / "run" / name).samefile(tmp_path / "run" / "step-2" / name)
-        if "token" in name or "generation" in name:
+        if "token" in name:
             assert (tmp_path / "run" / name).read_bytes() == (base / name).read_bytes()
 
     other = Transformer.from_pretrained(base)
@@ -177,6 +178,22 @@ def test_save_keeps_fp32_weights_beside_a_bf16_model(cfg, base, tmp_path):
     other = Transformer.from_pretrained(base, torch.bfloat16, param_dtype=torch.float32)
     take_up(replace(cfg, resume=True)).restore(other, adam(other))
     assert other.embed.dtype == torch.float32 and other.embed.equal(model.embed)
+
+
+@pytest.mark.parametrize("settings", [{"eos_token_id": 0, "top_p": 0.8}, None])
+def test_save_names_the_end_of_turn_among_what_ends_a_response(settings, cfg, base, tmp_path):
+    """Base models end a text, not a turn: by their settings `transformers` would run on past the end of a response."""
+    other = shutil.copytree(base, tmp_path / "base")
+    (other / "generation_config.json").unlink()
+    if settings:
+        (other / "generation_config.json").write_text(json.dumps(settings))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"eos_token_id": 0}))
+    model, end = Transformer.from_pretrained(other), Tokenizer.from_pretrained(other).end_id
+    take_up(replace(cfg, model=str(other))).save(model, adam(model), 1)
+    written = json.loads((tmp_path / "run" / "generation_config.json").read_text())
+    assert end != 0 and written == (settings or {}) | {"eos_token_id": [0, end]}
+    assert Tokenizer.from_pretrained(tmp_path / "run").stop_ids == {0, end}
 
 
 def refuse(count: int, error: Exception, function):

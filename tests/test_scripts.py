@@ -463,6 +463,10 @@ def test_missing_data_file_is_named(name, refused, tmp_path):
     assert f"{tmp_path / 'nowhere.jsonl'}: no such file" in refused(name, data=tmp_path / "nowhere.jsonl")
 
 
+def test_several_greedy_responses_to_a_problem_are_refused(refused):
+    assert "--n 5 at --temperature 0" in refused("sample", n=5)
+
+
 def test_gold_answer_of_a_problem_asked_has_to_be_readable(refused):
     assert "--answer" in refused("sample", data="", ask="1+1?", answer="\\frac{1}{")
 

@@ -27,6 +27,8 @@ import torch
 import torch.distributed.checkpoint.state_dict as dcp
 from safetensors import SafetensorError, safe_open
 
+from s2r.hf.config import read_json
+from s2r.hf.tokenizer import Tokenizer
 from s2r.model import Transformer
 from s2r.run.files import replacing, sync
 from s2r.run.flags import ROOT
@@ -167,6 +169,10 @@ class Run:
             for file in Path(self.cfg.model).iterdir():
                 if file.name.startswith(TOKENIZER):
                     shutil.copyfile(file, scratch / file.name)
+            generation = scratch / "generation_config.json"  # where `transformers` and vLLM look up what ends a response
+            settings = read_json(generation) if generation.exists() else {}
+            stops = sorted(Tokenizer.from_pretrained(scratch).stop_ids)  # base models do not list the end of turn
+            generation.write_text(json.dumps(settings | {"eos_token_id": stops}, indent=2) + "\n")
             torch.save(state, scratch / STATE)
             for path in (*scratch.rglob("*"), scratch, *self.folder.glob("*.jsonl")):
                 sync(path)
