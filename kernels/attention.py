@@ -64,15 +64,15 @@ def attention_torch(
 
 @jit
 def _find_block(cu_seqlens, sequences, number, BLOCK: tl.constexpr):
-    """The block of this number as (its sequence, that one's first token and length, place of the block in it).
+    """The block of this number: (its sequence, that one's first token and length, the block's place in it).
 
-    Sequence s owns the numbers from cu_seqlens[s] // BLOCK + s on: room enough for its blocks, and the host need not
-    count them. With BLOCK = 4:
+    Sequence s owns the numbers from cu_seqlens[s] // BLOCK + s on: room enough for its blocks, and the host
+    need not count them. With BLOCK = 4:
 
         cu_seqlens      0   4   6   9       sequences of 4, 2 and 3 tokens, one block each
         first number    0   2   3           9 // 4 + 3 = 5 programs
 
-    Numbers 1 and 4 have no block. Their place is not below the length of their sequence, and the program ends.
+    Numbers 1 and 4 have no block: their place is not below their sequence's length, and the program ends.
     """
     low, high = 0, sequences
     while high - low > 1:  # the last sequence that starts at or before `number`
@@ -88,7 +88,7 @@ def _find_block(cu_seqlens, sequences, number, BLOCK: tl.constexpr):
 
 @jit
 def _find_prefix(prefix, cu_seqlens, sequence, start):
-    """Distance from the start of a sequence's prefix to `start`, and the index of the prefix's last token; −1: no prefix."""
+    """Distance from the start of a sequence's prefix to `start`; index of the prefix's last token (none: −1)."""
     p = tl.load(prefix + sequence)
     low, high = tl.load(cu_seqlens + p).to(tl.int64), tl.load(cu_seqlens + p + 1)
     return start - low, tl.where(p == sequence, -1, (high - low).to(tl.int32) - 1)

@@ -3,7 +3,7 @@
 Dimension letters, the same in every file:
 
     T  tokens of a packed batch        D  width of the residual stream
-    S  sequences in it, or decoded     L  layers
+    S  sequences in it; decoding: rows L  layers
     J  spans in it (rl.py)             H  query heads
     Q  scored tokens in it             G  key/value heads
     N  problems per RL step            E  width of one head
